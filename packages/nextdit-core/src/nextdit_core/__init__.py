@@ -1,0 +1,71 @@
+"""Next-DiT: backbone, training and sampling for any modality that is tokens with positions."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nextdit_core.backbone import NextDiT, PreparedConditioning
+    from nextdit_core.conditioning import Conditioning
+    from nextdit_core.config import NextDiTConfig
+    from nextdit_core.dataset import Dataset, Example
+    from nextdit_core.errors import UserError
+    from nextdit_core.modality import Modality, Size
+    from nextdit_core.pipeline import Pipeline
+    from nextdit_core.recipe import Recipe
+    from nextdit_core.text_encoders import TextEncoder
+    from nextdit_core.tokens import Tokens
+    from nextdit_core.training.runtime import Engine, Runtime
+
+__version__ = version("nextdit-core")
+
+_HOMES = {
+    "NextDiT": "backbone",
+    "PreparedConditioning": "backbone",
+    "Conditioning": "conditioning",
+    "NextDiTConfig": "config",
+    "Dataset": "dataset",
+    "Example": "dataset",
+    "UserError": "errors",
+    "Modality": "modality",
+    "Size": "modality",
+    "Pipeline": "pipeline",
+    "Recipe": "recipe",
+    "TextEncoder": "text_encoders",
+    "Tokens": "tokens",
+    "Engine": "training.runtime",
+    "Runtime": "training.runtime",
+}
+
+__all__ = [
+    "Conditioning",
+    "Dataset",
+    "Engine",
+    "Example",
+    "Modality",
+    "NextDiT",
+    "NextDiTConfig",
+    "Pipeline",
+    "PreparedConditioning",
+    "Recipe",
+    "Runtime",
+    "Size",
+    "TextEncoder",
+    "Tokens",
+    "UserError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that the command line starts at once."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nextdit_core' has no attribute {name!r}")
+    return getattr(import_module(f"nextdit_core.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return list(__all__)

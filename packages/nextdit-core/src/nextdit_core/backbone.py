@@ -1,0 +1,399 @@
+"""Next-DiT: tokens with positions in, velocity of the tokens out.
+
+Source: Lumina-Next (arXiv 2406.18583) §2. Module names follow the released weights.
+
+Convention: t = 0 is noise, t = 1 is data; the network takes t in [0, 1] unscaled.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import rope3d
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nextdit_core.conditioning import Conditioning
+from nextdit_core.config import NextDiTConfig
+from nextdit_core.tokens import Tokens
+
+__all__ = ["NextDiT", "PreparedConditioning", "backbone_rope"]
+
+
+@dataclass(frozen=True)
+class PreparedConditioning:
+    """Everything of a request that depends neither on t nor on x, computed once.
+
+    Args:
+        vector: `[batch, modulation_dim]` added to the timestep embedding, or None.
+        text_keys: Per layer `[batch, text_tokens, kv_heads, head_dim]`, normed.
+        text_values: Per layer, same shape.
+        mask: `[batch, text_tokens]` bool, or None without text.
+    """
+
+    vector: Tensor | None
+    text_keys: tuple[Tensor, ...] = ()
+    text_values: tuple[Tensor, ...] = ()
+    mask: Tensor | None = None
+
+
+def backbone_rope(config: NextDiTConfig) -> rope3d.Rope:
+    """Choose the rotary layout of a backbone, over 3-column (time or view, row, column) positions.
+
+    Args:
+        config: One axis: plain rotary on column 0. Two: the released interleaving of rows
+            and columns. Three: the paper's thirds.
+
+    Returns:
+        The layout.
+    """
+    dim, base = config.head_dim, config.rope_base
+    if config.axes == 1:
+        return rope3d.axial((dim,), base=base).on_axes(3, (0,))
+    if config.axes == 2:
+        return rope3d.lumina(dim, base=base).on_axes(3, (1, 2))
+    return rope3d.paper(dim, base=base)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of t, cosine first, through a two-layer MLP."""
+
+    def __init__(self, width: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embed `[batch]` times in [0, 1] as `[batch, width]`."""
+        half = self.frequencies // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * steps / half)
+        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class Attention(nn.Module):
+    """Self attention with rotary q and k, plus gated attention to text keys.
+
+    out = wo( self + tanh(gate) · cross ), the gate per head and zero at the start; the text
+    keys are not rotated and are attended by the same rotated queries.
+    """
+
+    def __init__(self, config: NextDiTConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.heads, config.keys_heads
+        self.head_dim = config.head_dim
+        width, kv_width = config.width, self.kv_heads * config.head_dim
+
+        def norm(size: int) -> nn.Module:
+            return nn.LayerNorm(size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+
+        self.wq = nn.Linear(width, width, bias=False)
+        self.wk = nn.Linear(width, kv_width, bias=False)
+        self.wv = nn.Linear(width, kv_width, bias=False)
+        self.wo = nn.Linear(width, width, bias=False)
+        self.q_norm, self.k_norm = norm(width), norm(kv_width)
+        if config.text_dim is not None:
+            self.wk_y = nn.Linear(config.text_dim, kv_width, bias=False)
+            self.wv_y = nn.Linear(config.text_dim, kv_width, bias=False)
+            self.ky_norm = norm(kv_width)
+            self.gate = nn.Parameter(torch.zeros(self.heads))
+
+    def text_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Project `[batch, text_tokens, text_dim]` to keys and values of this layer."""
+        shape = (*text.shape[:2], self.kv_heads, self.head_dim)
+        keys = self.ky_norm(self.wk_y(text)).view(shape)
+        return keys, self.wv_y(text).view(shape)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: rope3d.Rotation,
+        lengths: tuple[int, ...] | None,
+        scale: float | str | None,
+        trained_tokens: int | None,
+        text: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Attend within each sample; see `NextDiT.forward` for the two layouts of `x`."""
+        batch, tokens, _ = x.shape
+        q = self.q_norm(self.wq(x)).view(batch, tokens, self.heads, self.head_dim)
+        k = self.k_norm(self.wk(x)).view(batch, tokens, self.kv_heads, self.head_dim)
+        v = self.wv(x).view(batch, tokens, self.kv_heads, self.head_dim)
+        q, k = rope3d.rotate(q, rotation), rope3d.rotate(k, rotation)
+        if lengths is None:
+            out = rope3d.attention(q, k, v, scale=scale, trained_tokens=trained_tokens)
+        else:
+            out = rope3d.attention(
+                q[0], k[0], v[0], lengths=lengths, scale=scale, trained_tokens=trained_tokens
+            )[None]
+        if text is not None:
+            cross = _cross_attention(q, *text, lengths=lengths)
+            out = out + torch.tanh(self.gate)[:, None].to(out.dtype) * cross
+        return self.wo(out.flatten(-2))
+
+
+def _cross_attention(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *, lengths: tuple[int, ...] | None
+) -> Tensor:
+    """Let every token attend to its own sample's text."""
+    if lengths is None:
+        return rope3d.attention(q, keys, values, key_mask=mask)
+    samples = [
+        rope3d.attention(
+            part[None], keys[i : i + 1], values[i : i + 1], key_mask=mask[i : i + 1]
+        )[0]
+        for i, part in enumerate(q[0].split(lengths))
+    ]
+    return torch.cat(samples)[None]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2( silu(w1 x) · w3 x ), without biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(width, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, width, bias=False)
+        self.w3 = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., width]` to the same shape."""
+        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
+
+
+class Block(nn.Module):
+    """One sandwich-normed block.
+
+    x ← x + tanh(gate_a) · RMS2( Attn( RMS1(x) · (1 + scale_a) ) )
+    x ← x + tanh(gate_f) · RMS2( FFN( RMS1(x) · (1 + scale_f) ) )
+
+    Scales and gates come from the modulation vector through a zero-initialised linear layer,
+    so that a new block is the identity.
+    """
+
+    def __init__(self, config: NextDiTConfig) -> None:
+        super().__init__()
+        width = config.width
+
+        def norm(size: int) -> nn.RMSNorm:
+            return nn.RMSNorm(size, eps=config.norm_eps)
+
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(width, config.ffn_width)
+        self.attention_norm1, self.attention_norm2 = norm(width), norm(width)
+        self.ffn_norm1, self.ffn_norm2 = norm(width), norm(width)
+        if config.text_dim is not None:
+            self.attention_y_norm = norm(config.text_dim)
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(config.modulation_dim, 4 * width)
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rotation: rope3d.Rotation,
+        lengths: tuple[int, ...] | None,
+        scale: float | str | None,
+        trained_tokens: int | None,
+        text: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Apply the block; `modulation` is `[batch, modulation_dim]`."""
+        parts = _per_token(self.adaLN_modulation(modulation), lengths).chunk(4, dim=-1)
+        scale_a, gate_a, scale_f, gate_f = parts
+        attended = self.attention(
+            self.attention_norm1(x) * (1 + scale_a),
+            rotation,
+            lengths,
+            scale,
+            trained_tokens,
+            text,
+        )
+        x = x + torch.tanh(gate_a) * self.attention_norm2(attended)
+        hidden = self.feed_forward(self.ffn_norm1(x) * (1 + scale_f))
+        return x + torch.tanh(gate_f) * self.ffn_norm2(hidden)
+
+
+class FinalLayer(nn.Module):
+    """Norm, scale by the modulation vector, and project to one token's velocity."""
+
+    def __init__(self, config: NextDiTConfig) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(config.width, config.token_dim)
+        self.adaLN_modulation = nn.Sequential(
+            nn.SiLU(), nn.Linear(config.modulation_dim, config.width)
+        )
+
+    def forward(self, x: Tensor, modulation: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
+        """Map `[..., width]` to `[..., token_dim]`."""
+        scale = _per_token(self.adaLN_modulation(modulation), lengths)
+        return self.linear(self.norm_final(x) * (1 + scale))
+
+
+def _per_token(vector: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
+    """Spread one vector per sample over the sample's tokens."""
+    if lengths is None:
+        return vector[:, None]
+    repeats = torch.tensor(lengths, device=vector.device)
+    return vector.repeat_interleave(repeats, dim=0, output_size=sum(lengths))[None]
+
+
+class NextDiT(nn.Module):
+    """The Next-DiT backbone.
+
+    Args:
+        config: The sizes.
+
+    Source: Lumina-Next (arXiv 2406.18583) §2; initialisation as in the released code.
+
+    >>> config = NextDiTConfig(token_dim=4, width=32, layers=1, heads=2)
+    >>> grid = torch.zeros(6, 3)
+    >>> noise = Tokens(torch.randn(6, 4), grid, (6,))
+    >>> NextDiT(config)(noise, torch.tensor([0.5])).shape
+    torch.Size([6, 4])
+    """
+
+    def __init__(self, config: NextDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.rope = backbone_rope(config)
+        self.x_embedder = nn.Linear(config.token_dim, config.width)
+        self.t_embedder = TimestepEmbedder(config.modulation_dim)
+        if config.text_dim is not None:
+            self.cap_embedder = nn.Sequential(
+                nn.LayerNorm(config.text_dim), nn.Linear(config.text_dim, config.modulation_dim)
+            )
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_layer = FinalLayer(config)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the initial weights.
+
+        Attention, feed-forward and patch weights are Xavier-uniform; the timestep MLP is
+        N(0, 0.02); modulation, caption projection, gates and the output start at zero.
+
+        Args:
+            generator: Where the randomness comes from; the global one when None.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for index in (0, 2):
+            nn.init.normal_(self.t_embedder.mlp[index].weight, std=0.02, generator=generator)
+        zeros = [self.final_layer.linear, self.final_layer.adaLN_modulation[1]]
+        for block in self.layers:
+            zeros.append(block.adaLN_modulation[1])
+            if self.config.text_dim is not None:
+                nn.init.zeros_(block.attention.gate)
+        if self.config.text_dim is not None:
+            zeros.append(self.cap_embedder[1])
+        for linear in zeros:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def prepare(self, condition: Conditioning | None) -> PreparedConditioning:
+        """Compute once what depends neither on t nor on x.
+
+        Args:
+            condition: Text features of `text_dim`, or None where the backbone has no text.
+
+        Returns:
+            What `forward` accepts in place of `condition`, for every step of a request.
+
+        Raises:
+            ValueError: Text was given to a backbone without text, or the other way round,
+                or its width is not `text_dim`.
+        """
+        expected = self.config.text_dim
+        if condition is None:
+            if expected is not None:
+                raise ValueError(
+                    f"this backbone takes text of width {expected}; give it a Conditioning "
+                    f"(the encoded empty prompt for no text)"
+                )
+            return PreparedConditioning(None)
+        if expected is None:
+            return PreparedConditioning(condition.extra)
+        if condition.text.shape[-1] != expected:
+            raise ValueError(
+                f"text features have width {condition.text.shape[-1]}; this backbone takes {expected}"
+            )
+        text = condition.text.to(self.x_embedder.weight.dtype)
+        pooled = condition.pooled().to(text.dtype)
+        vector = self.cap_embedder(pooled)
+        if condition.extra is not None:
+            vector = vector + condition.extra
+        pairs = [
+            block.attention.text_keys_values(block.attention_y_norm(text)) for block in self.layers
+        ]
+        keys, values = zip(*pairs, strict=True)
+        return PreparedConditioning(vector, keys, values, condition.mask)
+
+    def forward(
+        self,
+        tokens: Tokens,
+        t: Tensor,
+        condition: Conditioning | PreparedConditioning | None = None,
+        *,
+        rope: rope3d.Rope | None = None,
+        scale: float | str | None = None,
+        trained_tokens: int | None = None,
+    ) -> Tensor:
+        """Predict the velocity of every token.
+
+        Samples of one length are computed as a dense batch, `[batch, tokens, width]`; of
+        different lengths as one packed row, `[1, total_tokens, width]`, without padding.
+
+        Args:
+            tokens: The noisy samples.
+            t: `[batch]` in [0, 1], 0 = noise.
+            condition: As given, or as returned by `prepare`.
+            rope: Another rotary layout for this call (context extrapolation); its angles may
+                depend on t.
+            scale: Softmax scale of the self attention; "proportional" needs
+                `trained_tokens`; None is 1/sqrt(head_dim).
+            trained_tokens: Tokens per sample at training, for "proportional".
+
+        Returns:
+            `[total_tokens, token_dim]`, the velocity.
+
+        Raises:
+            ValueError: `t` or `condition` does not fit the batch.
+        """
+        if t.shape != (tokens.batch,):
+            raise ValueError(f"t has shape {tuple(t.shape)}; expected [{tokens.batch}]")
+        if not isinstance(condition, PreparedConditioning):
+            condition = self.prepare(condition)
+        if condition.mask is not None and condition.mask.shape[0] != tokens.batch:
+            raise ValueError(
+                f"condition holds {condition.mask.shape[0]} samples and tokens {tokens.batch}"
+            )
+        modulation = self.t_embedder(t)
+        if condition.vector is not None:
+            modulation = modulation + condition.vector
+        length = tokens.equal_length
+        shape = (1, -1) if length is None else (tokens.batch, length)
+        lengths = tokens.lengths if length is None else None
+        x = self.x_embedder(tokens.values.to(self.x_embedder.weight.dtype)).view(*shape, -1)
+        positions = tokens.positions.view(*shape, 3)
+        if rope is None:
+            rotation = self.rope.rotation(positions)
+        else:
+            times = t if length is not None else _per_token(t[:, None], lengths)[..., 0]
+            rotation = rope.rotation(positions, times)
+        for index, block in enumerate(self.layers):
+            text = None
+            if condition.mask is not None:
+                text = (condition.text_keys[index], condition.text_values[index], condition.mask)
+            x = block(x, modulation, rotation, lengths, scale, trained_tokens, text)
+        return self.final_layer(x, modulation, lengths).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        """Name the sizes in `print(model)`."""
+        return str(self.config)

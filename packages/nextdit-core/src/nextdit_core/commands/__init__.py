@@ -1,0 +1,1 @@
+"""Sub-commands of `nextdit`. Their modules import nothing heavy before a command runs."""

@@ -1,0 +1,72 @@
+"""`nextdit info`: versions and devices here, or what a saved model is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+__all__ = ["info"]
+
+DISTRIBUTIONS = (
+    "nextdit-core",
+    "rope3d",
+    "flowsolvers",
+    "nextdit-kernels",
+    "modality-image",
+    "nextdit-ray",
+    "torch",
+    "triton",
+    "ray",
+)
+
+
+@click.command()
+@click.argument("path", required=False, type=click.Path(path_type=Path))
+def info(path: Path | None) -> None:
+    """Describe this installation or, given PATH, a saved model or a run."""
+    for name, value in _model(path) if path is not None else _installation():
+        click.echo(f"{name:<18}{value}")
+
+
+def _installation() -> list[tuple[str, str]]:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    rows = [("python", platform.python_version())]
+    for name in DISTRIBUTIONS:
+        try:
+            rows.append((name, version(name)))
+        except PackageNotFoundError:
+            rows.append((name, "not installed"))
+    count = torch.cuda.device_count()
+    rows += [(f"cuda:{i}", torch.cuda.get_device_name(i)) for i in range(count)]
+    if not count:
+        rows.append(("cuda", "no device"))
+    rows.append(("mps", "available" if torch.backends.mps.is_available() else "no device"))
+    rows.append(("cpu threads", str(torch.get_num_threads())))
+    return rows
+
+
+def _model(path: Path) -> list[tuple[str, str]]:
+    import torch
+
+    from nextdit_core.saved_model import find_model, load_model
+
+    folder = find_model(path)
+    model, modality, card = load_model(folder, torch.device("cpu"), torch.float32)
+    count = sum(parameter.numel() for parameter in model.backbone.parameters())
+    encoder = sum(parameter.numel() for parameter in model.parameters()) - count
+    sampling = ", ".join(f"{key} {value}" for key, value in card.sampling.items())
+    rows = [
+        ("folder", str(folder)),
+        ("modality", f"{card.modality} {dict(card.modality_options)}"),
+        ("default size", "x".join(map(str, modality.default_size))),
+        ("backbone", f"{count:,} parameters, {model.backbone.config}"),
+        ("text encoder", f"{card.text_encoder}, {encoder:,} parameters"),
+        ("training steps", str(card.step)),
+        ("sampling", sampling),
+    ]
+    return rows + [("prompt", prompt) for prompt in card.example_prompts[:10]]

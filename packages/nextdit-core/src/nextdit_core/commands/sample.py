@@ -1,0 +1,182 @@
+"""`nextdit sample`: draw from a trained model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nextdit_core.errors import UserError
+
+if TYPE_CHECKING:
+    from nextdit_core.pipeline import Pipeline
+
+__all__ = ["sample"]
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("prompt")
+@click.option("--count", default=1, show_default=True, help="Samples of each prompt.")
+@click.option("--seed", default=0, show_default=True, help="Same seed, same samples.")
+@click.option("--out", default=None, type=click.Path(path_type=Path), help="A file, or a folder.")
+@click.option("--size", default=None, help="Such as 16x16; the modality's default otherwise.")
+@click.option("--nfe", default=None, type=int, help="Velocity evaluations per sample.")
+@click.option("--solver", default=None, help="A flowsolvers solver.")
+@click.option("--schedule", default=None, help="A flowsolvers time grid, such as shift:4.")
+@click.option("--guidance", default=None, type=float, help="Guidance scale; 1 is none.")
+@click.option("--negative-prompt", default="", help="What guidance leads away from.")
+@click.option("--batch", default=64, show_default=True, help="Samples computed together.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
+def sample(
+    model: Path,
+    prompt: str,
+    count: int,
+    seed: int,
+    out: Path | None,
+    size: str | None,
+    nfe: int | None,
+    solver: str | None,
+    schedule: str | None,
+    guidance: float | None,
+    negative_prompt: str,
+    batch: int,
+    device: str,
+) -> None:
+    """Sample MODEL (a run or a saved model) for PROMPT.
+
+    PROMPT may be the path of a text file with one prompt per line. With a file as --out, all
+    samples go into it. With a folder, each gets a file of its own, and files that exist are
+    not sampled again.
+    """
+    from nextdit_core.pipeline import Pipeline
+    from nextdit_core.sampling_plan import check_sampling
+
+    for name, value in (("--count", count), ("--batch", batch), ("--nfe", nfe)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; expected at least 1")
+    prompts = _prompts(prompt)
+    extent = _size(size)
+    pipe = Pipeline.from_pretrained(model, device=device)
+    defaults = pipe.card.sampling
+    check_sampling(
+        solver or defaults["solver"], schedule or defaults["schedule"], nfe or defaults["nfe"]
+    )
+    if extent is not None:
+        pipe.modality.positions(extent)
+    suffix = pipe.modality.suffix
+    target = out if out is not None else Path(f"{_slug(prompts[0])}{suffix}")
+    single = target.suffix == suffix and not target.is_dir()
+    if target.suffix and not target.is_dir() and not single:
+        raise UserError(f"--out {target} does not end in {suffix}, which this modality writes")
+    _check_writable(target.parent if single else target)
+    jobs = [
+        (text, seed + repeat, place)
+        for place, text in enumerate(prompts)
+        for repeat in range(count)
+    ]
+    if not single:
+        jobs = [job for job in jobs if not (target / _file(*job, suffix)).exists()]
+    options = {
+        "size": extent,
+        "nfe": nfe,
+        "solver": solver,
+        "schedule": schedule,
+        "guidance": guidance,
+        "negative_prompt": negative_prompt,
+    }
+    written = _draw(pipe, jobs, batch, options, target, single)
+    skipped = count * len(prompts) - len(jobs)
+    note = f" ({skipped} were there before)" if skipped else ""
+    click.echo(f"wrote {written} sample{'s' * (written != 1)} to {target}{note}")
+
+
+def _draw(
+    pipe: Pipeline,
+    jobs: Sequence[tuple[str, int, int]],
+    batch: int,
+    options: dict[str, object],
+    target: Path,
+    single: bool,
+) -> int:
+    from nextdit_core.progress import Progress
+
+    media: list[object] = []
+    if not jobs:
+        return 0
+    with Progress("sampling", len(jobs), unit="sample") as progress:
+        for begin in range(0, len(jobs), batch):
+            some = jobs[begin : begin + batch]
+            made = pipe([job[0] for job in some], seed=[job[1] for job in some], **options)
+            progress.to(begin + len(some))
+            if single:
+                media += made
+                continue
+            for one, job in zip(made, some, strict=True):
+                write_media(pipe, [one], target / _file(*job, pipe.modality.suffix), [job[0]])
+    if single:
+        write_media(pipe, media, target, [job[0] for job in jobs])
+    return len(jobs)
+
+
+def write_media(
+    pipe: Pipeline, media: Sequence[object], path: Path, captions: Sequence[str]
+) -> None:
+    """Write through a temporary name, so that a file that exists is a whole one."""
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        pipe.modality.write(media, partial, captions)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _prompts(prompt: str) -> list[str]:
+    if not prompt.endswith(".txt"):
+        return [prompt]
+    try:
+        lines = Path(prompt).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read prompts from {prompt}: {error.strerror}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{prompt} holds no prompts; write one per line")
+    return prompts
+
+
+def _size(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        size = tuple(int(part) for part in text.lower().split("x"))
+    except ValueError as error:
+        raise UserError(f"--size is {text!r}; expected whole numbers such as 16x16") from error
+    if min(size) < 1:
+        raise UserError(f"--size is {text!r}; expected numbers of at least 1")
+    return size
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:40] or "sample"
+
+
+def _file(prompt: str, seed: int, place: int, suffix: str) -> str:
+    return f"{place:05d}-{_slug(prompt)}-seed{seed}{suffix}"
+
+
+def _check_writable(folder: Path) -> None:
+    """Find out before sampling whether the result can be written."""
+    probe = folder / ".nextdit-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another --out"
+        ) from error

@@ -1,0 +1,120 @@
+"""The numbers that define one Next-DiT backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nextdit_core.errors import UserError, unknown_name
+
+__all__ = ["NextDiTConfig"]
+
+
+@dataclass(frozen=True)
+class NextDiTConfig:
+    """Sizes of a Next-DiT backbone.
+
+    Args:
+        token_dim: Numbers in one token, on input and output.
+        axes: Position axes that the modality uses: 1 (sequences; column 0 of the
+            positions), 2 (images; columns 1 and 2) or 3 (views or video).
+        width: Hidden width D.
+        layers: Number of blocks.
+        heads: Query heads.
+        kv_heads: Key and value heads; divides `heads`. None means as many as `heads`.
+        text_dim: Width of the text features; None for a backbone without text.
+        multiple_of: The feed-forward width is rounded up to a multiple of this.
+        ffn_dim_multiplier: Extra factor on the feed-forward width, or None.
+        norm_eps: Epsilon of RMSNorm and of the QK-norm.
+        qk_norm: LayerNorm over the whole q and k projections before the split in heads.
+        rope_base: Base of the rotary frequencies.
+
+    Raises:
+        UserError: A size does not fit the others.
+
+    Source: Lumina-Next (arXiv 2406.18583) §2; sizes as released.
+
+    >>> NextDiTConfig(token_dim=16, width=2304, layers=24, heads=32, kv_heads=8).ffn_width
+    6144
+    """
+
+    token_dim: int
+    axes: int = 2
+    width: int = 96
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int | None = None
+    text_dim: int | None = None
+    multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    qk_norm: bool = True
+    rope_base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        """Check the sizes against one another."""
+        sizes = ("token_dim", "width", "layers", "heads", "multiple_of", "kv_heads", "text_dim")
+        for name in sizes:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"model.{name} is {value}; expected at least 1")
+        if self.width % self.heads:
+            raise UserError(
+                f"model.width {self.width} is not a multiple of model.heads {self.heads}; "
+                f"change one of them"
+            )
+        if self.heads % self.keys_heads:
+            raise UserError(
+                f"model.heads {self.heads} is not a multiple of model.kv_heads "
+                f"{self.keys_heads}; change one of them"
+            )
+        if self.axes not in (1, 2, 3):
+            raise UserError(f"model.axes is {self.axes}; expected 1, 2 or 3")
+        per_axis = {1: 2, 2: 4, 3: 6}[self.axes]
+        if self.head_dim % per_axis:
+            raise UserError(
+                f"head_dim {self.head_dim} (model.width / model.heads) is not a multiple of "
+                f"{per_axis}, which rotary embedding over {self.axes} axes needs"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.width // self.heads
+
+    @property
+    def keys_heads(self) -> int:
+        """Key and value heads, with the default resolved."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def modulation_dim(self) -> int:
+        """Width of the vector that modulates every block: min(D, 1024)."""
+        return min(self.width, 1024)
+
+    @property
+    def ffn_width(self) -> int:
+        """Hidden width of SwiGLU: 2/3 of 4D, times the multiplier, rounded up."""
+        hidden = int(2 * (4 * self.width) / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return -(-hidden // self.multiple_of) * self.multiple_of
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the fields as JSON-able values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NextDiTConfig:
+        """Build a config from `to_dict`'s values.
+
+        Raises:
+            UserError: A key is unknown or a size does not fit.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for key in values:
+            if key not in names:
+                raise unknown_name("backbone config key", key, names)
+        return cls(**values)

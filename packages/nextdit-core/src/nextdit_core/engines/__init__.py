@@ -1,0 +1,1 @@
+"""Engines: where the training loop runs. The one in this package is `local`."""

@@ -1,0 +1,131 @@
+"""Folders that are either complete or refused.
+
+A folder is written under a temporary name beside its place, gets its completeness marker
+last, and is then renamed. Reading starts with the marker.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nextdit_core.errors import UserError
+
+__all__ = ["MARKER", "check_complete", "new_folder", "read_json", "write_json", "write_text"]
+
+#: File that lists every other file of a folder with its size, written last.
+MARKER = "complete.json"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's text in one step.
+
+    Args:
+        path: The file.
+        text: What it shall hold.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by a JSON value in one step."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: It cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Write a folder that appears whole or not at all.
+
+    Args:
+        path: Where it shall stand; must not exist.
+
+    Yields:
+        An empty folder to write into.
+
+    Raises:
+        UserError: The place is taken, not writable, or the disk is full. What was there
+            before is untouched.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another place or remove it")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        files = sorted(file for file in partial.rglob("*") if file.is_file())
+        sizes = {file.relative_to(partial).as_posix(): file.stat().st_size for file in files}
+        for file in files:
+            _to_disk(file)
+        write_json(partial / MARKER, {"files": sizes})
+        _to_disk(partial / MARKER)
+        partial.rename(path)
+        _to_disk(path.parent)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"no space left to write {path}; what was saved before is intact: free some space "
+            f"and run the same command again"
+        )
+    return UserError(f"cannot write {path}: {error.strerror or error}; choose another folder")
+
+
+def check_complete(path: Path) -> None:
+    """Refuse a folder that was not written to its end, or lost something since.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        UserError: The folder or its marker is missing, or a file is missing or was cut.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; give the path of a saved model or of a run")
+    marker = path / MARKER
+    if not marker.is_file():
+        raise UserError(
+            f"{path} is incomplete: it has no {MARKER}, which is written last; use another "
+            f"checkpoint or copy the folder again"
+        )
+    for name, size in read_json(marker)["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise UserError(f"{path} is truncated: {name} is missing; copy the folder again")
+        if file.stat().st_size != size:
+            raise UserError(
+                f"{path} is truncated: {name} has {file.stat().st_size} bytes and was written "
+                f"with {size}; copy the folder again or use another checkpoint"
+            )

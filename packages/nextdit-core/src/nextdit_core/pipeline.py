@@ -1,0 +1,179 @@
+"""From prompts to media: the whole way through a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import flowsolvers
+import torch
+from torch import Tensor
+
+from nextdit_core.conditioning import Conditioning
+from nextdit_core.engines.local import pick_device
+from nextdit_core.errors import UserError
+from nextdit_core.flow_model import FlowModel
+from nextdit_core.modality import Modality, Size
+from nextdit_core.sampling_plan import check_sampling
+from nextdit_core.saved_model import ModelCard, load_model
+from nextdit_core.tokens import Tokens
+from nextdit_core.training.draws import generator
+
+__all__ = ["Pipeline"]
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A trained model, ready to be asked.
+
+    Args:
+        model: Backbone and text encoder.
+        modality: Turns tokens into media.
+        card: Where the sampling defaults come from.
+
+    `Pipeline.from_pretrained("runs/digits")("a handwritten seven", seed=0)` gives a list with
+    one picture.
+    """
+
+    model: FlowModel
+    modality: Modality
+    card: ModelCard
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.float32
+    ) -> Self:
+        """Load a model folder or a run folder.
+
+        Args:
+            path: A saved model, or a run, whose newest complete checkpoint is taken.
+            device: "auto" (CUDA, then MPS, then CPU) or a torch device.
+            dtype: Of the weights; the ODE state is float32 whatever this is.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            UserError: The folder is not a complete model of this format, or needs a part
+                that is not installed.
+        """
+        return cls(*load_model(path, pick_device(device), dtype))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.backbone.x_embedder.weight.device
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        size: Size | Sequence[Size] | None = None,
+        seed: int | Sequence[int] = 0,
+        nfe: int | None = None,
+        solver: str | None = None,
+        schedule: str | None = None,
+        guidance: float | None = None,
+        negative_prompt: str = "",
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Any]:
+        """Sample one medium per prompt, all in one packed batch.
+
+        Args:
+            prompt: One or several.
+            size: One size for all, or one per prompt; the modality's default when None.
+            seed: One seed, from which sample i takes its own noise, or one seed per prompt.
+                The noise of a sample depends only on its seed, place and size.
+            nfe: Velocity evaluations, counted per sample without the guidance factor.
+            solver: A flowsolvers solver name.
+            schedule: A flowsolvers time grid name.
+            guidance: Classifier-free guidance scale; 1 is no guidance.
+            negative_prompt: What guidance leads away from.
+            progress: Called with the number of evaluations done so far.
+
+        Returns:
+            The media, as the modality's `decode` makes them.
+
+        Raises:
+            UserError: A name, size or number is not acceptable.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise UserError("no prompt given; give at least one")
+        sizes = self._sizes(size, len(prompts))
+        seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else None
+        if seeds is None:
+            assert not isinstance(seed, int)
+            if len(seed) != len(prompts):
+                raise UserError(f"{len(seed)} seeds for {len(prompts)} prompts; give one each")
+            seeds = [(one, 0) for one in seed]
+        plan = check_sampling(
+            solver or self.card.sampling["solver"],
+            schedule or self.card.sampling["schedule"],
+            nfe or self.card.sampling["nfe"],
+        )
+        scale = self.card.sampling["guidance"] if guidance is None else guidance
+        noise = self._noise(sizes, seeds)
+        velocity = self._velocity(prompts, noise, scale, negative_prompt, progress)
+        result = flowsolvers.solve(velocity, noise.values, plan=plan)
+        samples = noise.with_values(result.x).split()
+        return [
+            self.modality.decode(self.modality.detokenize(values.float().cpu(), one))
+            for values, one in zip(samples, sizes, strict=True)
+        ]
+
+    def _sizes(self, size: Size | Sequence[Size] | None, count: int) -> list[Size]:
+        if size is None:
+            return [tuple(self.modality.default_size)] * count
+        if all(isinstance(extent, int) for extent in size):
+            return [tuple(size)] * count  # type: ignore[arg-type]
+        if len(size) != count:
+            raise UserError(f"{len(size)} sizes for {count} prompts; give one, or one each")
+        return [tuple(one) for one in size]  # type: ignore[arg-type]
+
+    def _noise(self, sizes: Sequence[Size], seeds: Sequence[tuple[int, int]]) -> Tokens:
+        samples = []
+        for size, (seed, place) in zip(sizes, seeds, strict=True):
+            positions = self.modality.positions(size)
+            shape = (len(positions), self.modality.token_dim)
+            values = torch.randn(shape, generator=generator(seed, "sample", place))
+            samples.append(Tokens(values, positions, (len(positions),)))
+        packed = Tokens.pack(samples)
+        device = self.device
+        return Tokens(packed.values.to(device), packed.positions.to(device), packed.lengths)
+
+    def _velocity(
+        self,
+        prompts: Sequence[str],
+        noise: Tokens,
+        scale: float,
+        negative_prompt: str,
+        progress: Callable[[int], None] | None,
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Make the velocity of the guided ODE; text is encoded and projected once, here."""
+        backbone, encoder = self.model.backbone, self.model.text_encoder
+        guided = scale != 1.0 and encoder is not None
+        condition: Conditioning | None = None
+        if encoder is not None:
+            asked = [*prompts, *[negative_prompt] * len(prompts)] if guided else prompts
+            condition = encoder(asked)
+        prepared = backbone.prepare(condition)
+        both = Tokens.pack([noise, noise]) if guided else noise
+        done = 0
+
+        def velocity(t: Tensor, x: Tensor) -> Tensor:
+            nonlocal done
+            values = torch.cat([x, x]) if guided else x
+            out = backbone(both.with_values(values), t.float().expand(both.batch), prepared)
+            if progress is not None:
+                done += 1
+                progress(done)
+            if not guided:
+                return out
+            with_prompt, without = out.chunk(2)
+            return without + scale * (with_prompt - without)
+
+        return velocity

@@ -1,0 +1,213 @@
+"""A training recipe: TOML, checked key by key, with `key=value` overrides."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nextdit_core.errors import UserError, unknown_name
+
+__all__ = ["OptimizerRecipe", "Recipe", "SamplingRecipe", "SizesRecipe"]
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SizesRecipe(_Section):
+    """Sizes of the backbone; `NextDiTConfig` says what each means."""
+
+    width: Count = 96
+    layers: Count = 3
+    heads: Count = 4
+    kv_heads: Count | None = None
+    multiple_of: Count = 32
+    ffn_dim_multiplier: Positive | None = None
+    norm_eps: Positive = 1e-5
+    qk_norm: bool = True
+    rope_base: Positive = 10000.0
+
+
+class OptimizerRecipe(_Section):
+    """AdamW and its learning-rate schedule.
+
+    Args:
+        lr: Peak learning rate.
+        schedule: "constant", or "cosine" down to zero at the last step.
+        warmup_steps: Steps over which the rate rises linearly from zero.
+        weight_decay: Decoupled weight decay.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        grad_clip: Largest norm of the whole gradient.
+    """
+
+    lr: Positive = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NotNegative = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    grad_clip: Positive = 2.0
+
+
+class SamplingRecipe(_Section):
+    """How the trained model is sampled unless a request says otherwise.
+
+    Args:
+        nfe: Velocity evaluations for one sample.
+        solver: A flowsolvers solver name.
+        schedule: A flowsolvers time grid, such as "uniform" or "shift:4".
+        guidance: Classifier-free guidance scale; 1 is no guidance.
+    """
+
+    nfe: Count = 16
+    solver: str = "midpoint"
+    schedule: str = "uniform"
+    guidance: NotNegative = 3.0
+
+
+class Recipe(_Section):
+    """Everything that defines a training run.
+
+    Args:
+        out: Run folder.
+        modality: Name of an installed modality.
+        modality_options: Its options.
+        dataset: Name of an installed dataset.
+        dataset_options: Its options.
+        text_encoder: Name of an installed text encoder.
+        text_encoder_options: Its options.
+        model: Sizes of the backbone.
+        optimizer: AdamW and its schedule.
+        sampling: Defaults for sampling the result.
+        steps: Optimiser steps in all.
+        batch_tokens: Tokens in one global batch, over all workers.
+        seed: Seed of the initial weights, the batch plan and the noise.
+        time_distribution: How training times are spread over [0, 1].
+        caption_dropout: Share of samples that see the empty caption.
+        ema_decay: Decay of the weight average; it starts lower and rises to this.
+        precision: "float32", or "bfloat16" autocast.
+        log_every: Steps between two reports.
+        checkpoint_every: Steps between two checkpoints.
+        keep_checkpoints: How many of the newest checkpoints stay on disk.
+        engine: Name of an installed engine.
+        workers: Worker processes.
+        address: Cluster to connect to, for engines that have one.
+        device: "auto", "cpu" or "cuda".
+        max_failures: Worker failures that are survived by resuming.
+    """
+
+    out: Annotated[str, Field(min_length=1)]
+    modality: str
+    dataset: str
+    text_encoder: str = "bytes"
+    modality_options: dict[str, Any] = {}
+    dataset_options: dict[str, Any] = {}
+    text_encoder_options: dict[str, Any] = {}
+    model: SizesRecipe = SizesRecipe()
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    sampling: SamplingRecipe = SamplingRecipe()
+    steps: Count = 1000
+    batch_tokens: Count = 1024
+    seed: int = 0
+    time_distribution: Literal["uniform", "lognorm"] = "uniform"
+    caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    precision: Literal["float32", "bfloat16"] = "float32"
+    log_every: Count = 10
+    checkpoint_every: Count = 100
+    keep_checkpoints: Count = 2
+    engine: str = "local"
+    workers: Count = 1
+    address: str | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_failures: Annotated[int, Field(ge=0)] = 3
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Check a nested dictionary.
+
+        Args:
+            values: As a TOML file would hold them.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            UserError: A key is unknown or missing, or a value is not acceptable.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise _explain(error) from error
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a TOML file and apply overrides.
+
+        Args:
+            path: The file.
+            overrides: Each `key=value`, with dots into sections: `model.width=128`. The value
+                is read as TOML; what is not TOML is text.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            UserError: The file cannot be read, or a key or value is not acceptable.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read recipe {path}: {error}") from error
+        try:
+            values = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"recipe {path} is not valid TOML: {error}") from error
+        for override in overrides:
+            _override(values, override)
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the recipe as TOML-able values; unset keys are left out."""
+        return self.model_dump(exclude_none=True)
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"{text!r} is not an override; expected key=value, such as steps=2000")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"override {text!r}: {section} is a value, not a section")
+    values[last] = parsed
+
+
+def _explain(error: ValidationError) -> UserError:
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    key = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        fields: Mapping[str, Any] = Recipe.model_fields
+        for part in place[:-1]:
+            fields = fields[part].annotation.model_fields
+        prefix = "".join(f"{part}." for part in place[:-1])
+        return unknown_name("recipe key", key, [prefix + name for name in fields])
+    if first["type"] == "missing":
+        return UserError(f"the recipe lacks {key!r}; add {key} = ... to it")
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return UserError(f"recipe key {key!r} is {first['input']!r}; {message}")

@@ -1,0 +1,250 @@
+"""The training loop: one function, the same for every engine."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nextdit_core.backbone import NextDiT
+from nextdit_core.config import NextDiTConfig
+from nextdit_core.dataset import TokenDataset, load_dataset
+from nextdit_core.errors import UserError
+from nextdit_core.flow_model import FlowModel
+from nextdit_core.folder import new_folder
+from nextdit_core.modality import Modality, load_modality
+from nextdit_core.recipe import Recipe
+from nextdit_core.sampling_plan import check_sampling
+from nextdit_core.saved_model import ModelCard, check_format, load_weights, write_model
+from nextdit_core.text_encoders import load_text_encoder
+from nextdit_core.training.draws import draw
+from nextdit_core.training.objective import batch_loss
+from nextdit_core.training.plan import Batch, batches_from, epoch_plan, rank_slice
+from nextdit_core.training.run_folder import RunFolder
+from nextdit_core.training.runtime import Runtime
+from nextdit_core.training.state import TrainState, learning_rate
+
+__all__ = ["Ingredients", "prepare", "train"]
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a recipe's names stand for: built before any expensive work, so that errors come early."""
+
+    recipe: Recipe
+    modality: Modality
+    data: TokenDataset
+    config: NextDiTConfig
+
+    def new_model(self) -> FlowModel:
+        """Build the model with the initial weights of the recipe's seed."""
+        recipe = self.recipe
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            encoder = load_text_encoder(recipe.text_encoder, recipe.text_encoder_options)
+            return FlowModel(NextDiT(self.config), encoder)
+
+    def card(self, step: int) -> ModelCard:
+        """Describe the model after some steps."""
+        recipe = self.recipe
+        return ModelCard(
+            modality=recipe.modality,
+            modality_options=dict(self.modality.options),
+            text_encoder=recipe.text_encoder,
+            text_encoder_options=recipe.text_encoder_options,
+            sampling=recipe.sampling.model_dump(),
+            step=step,
+            example_prompts=sorted(set(self.data.captions))[:20],
+        )
+
+
+def prepare(recipe: Recipe) -> Ingredients:
+    """Resolve every name of a recipe and check that the parts fit.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        The parts.
+
+    Raises:
+        UserError: A name is unknown, an option is wrong, or sizes do not fit.
+    """
+    check_sampling(recipe.sampling.solver, recipe.sampling.schedule, recipe.sampling.nfe)
+    modality = load_modality(recipe.modality, recipe.modality_options)
+    encoder: Any = load_text_encoder(recipe.text_encoder, recipe.text_encoder_options)
+    config = NextDiTConfig(
+        token_dim=modality.token_dim,
+        axes=modality.axes,
+        text_dim=encoder.text_dim,
+        **recipe.model.model_dump(),
+    )
+    data = TokenDataset(load_dataset(recipe.dataset, recipe.dataset_options), modality)
+    epoch_plan(data.lengths, recipe.batch_tokens, recipe.seed, 0)
+    return Ingredients(recipe, modality, data, config)
+
+
+def train(recipe: Recipe, runtime: Runtime) -> None:
+    """Train one worker's share of a run until its last step, from where it stands.
+
+    Resumes from the newest complete checkpoint in the run folder. Which samples a step sees
+    and what is random about them is computed from the seed, so that a killed and resumed run
+    draws the same curve. Rank 0 writes the run folder.
+
+    Args:
+        recipe: The run.
+        runtime: This worker's surroundings.
+
+    Raises:
+        UserError: The recipe or the run folder cannot be used.
+    """
+    parts = prepare(recipe)
+    run = RunFolder(recipe.out)
+    state = TrainState.fresh(parts.new_model().to(runtime.device), recipe.optimizer)
+    _resume(state, run)
+    workers = _workers(runtime)
+    if runtime.rank == 0:
+        run.rewind(state.step)
+        run.event("start", step=state.step, steps=recipe.steps, workers=workers)
+    model = _parallel(state.model, runtime)
+    precision = (
+        torch.autocast(runtime.device.type, torch.bfloat16)
+        if recipe.precision == "bfloat16"
+        else nullcontext()
+    )
+    walk = batches_from(
+        parts.data.lengths, recipe.batch_tokens, recipe.seed, state.epoch, state.batch
+    )
+    pending: list[tuple[dict[str, Any], Tensor]] = []
+    while state.step < recipe.steps:
+        epoch, index, batch = next(walk)
+        rate = learning_rate(recipe.optimizer, state.step, recipe.steps)
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        with precision:
+            loss = _rank_loss(model, parts, epoch, batch, runtime)
+        # The wrapper averages gradients over ranks; the ranks' losses add up to the batch's.
+        (loss * runtime.world_size).backward()
+        nn.utils.clip_grad_norm_(state.model.parameters(), recipe.optimizer.grad_clip)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step, state.epoch, state.batch = state.step + 1, epoch, index + 1
+        state.update_average(recipe.ema_decay)
+        pending.append(({"step": state.step, "epoch": epoch, "lr": rate}, loss.detach()))
+
+        last = state.step == recipe.steps
+        save = last or state.step % recipe.checkpoint_every == 0
+        if save or state.step % recipe.log_every == 0:
+            stop = _flush(pending, run, runtime)
+            written = _save(state, parts, run, runtime) if save or stop else None
+            runtime.report({"step": float(state.step), "loss": _last_loss(pending)}, written)
+            pending.clear()
+            if stop and not last:
+                if runtime.rank == 0:
+                    run.event("stop", step=state.step)
+                return
+    if runtime.rank == 0:
+        run.event("end", step=state.step)
+
+
+def _rank_loss(
+    model: nn.Module, parts: Ingredients, epoch: int, batch: Batch, runtime: Runtime
+) -> Tensor:
+    """Compute this rank's share of the loss of one global batch."""
+    recipe, data = parts.recipe, parts.data
+    own: Sequence[int] = rank_slice(batch, runtime.rank, runtime.world_size)
+    # A rank without samples still has to take part in the reduction: one sample, weight 0.
+    weight, indices = (1.0, own) if own else (0.0, batch[:1])
+    draws = [
+        draw(
+            recipe.seed,
+            epoch,
+            index,
+            data.values[index].shape,
+            time_distribution=recipe.time_distribution,
+            caption_dropout=recipe.caption_dropout,
+        )
+        for index in indices
+    ]
+    total = sum(len(data.values[index]) for index in batch)
+    return batch_loss(model, data, indices, draws, total, runtime.device) * weight
+
+
+def _parallel(model: FlowModel, runtime: Runtime) -> nn.Module:
+    if runtime.world_size == 1:
+        return model
+    ids = [runtime.device.index] if runtime.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+
+def _workers(runtime: Runtime) -> list[dict[str, Any]]:
+    own = {"rank": runtime.rank, "host": socket.gethostname(), "pid": os.getpid()}
+    if runtime.world_size == 1:
+        return [own]
+    gathered: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(gathered, own)
+    return gathered
+
+
+def _flush(
+    pending: list[tuple[dict[str, Any], Tensor]], run: RunFolder, runtime: Runtime
+) -> bool:
+    """Sum the pending losses over the ranks, write them, and agree on whether to stop."""
+    stop = torch.tensor(float(runtime.stop_requested()), device=runtime.device)
+    values = torch.stack([*(loss for _, loss in pending), stop])
+    if runtime.world_size > 1:
+        dist.all_reduce(values)
+    *losses, stops = values.tolist()
+    for (row, _), loss in zip(pending, losses, strict=True):
+        row["loss"] = loss
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of step {row['step']} is {loss}; lower optimizer.lr (now "
+                f"{row['lr']:g}) and start again from the last checkpoint in {run.path}"
+            )
+    if runtime.rank == 0:
+        run.append(row for row, _ in pending)
+    return stops > 0
+
+
+def _last_loss(pending: list[tuple[dict[str, Any], Tensor]]) -> float:
+    return float(pending[-1][0]["loss"])
+
+
+def _save(state: TrainState, parts: Ingredients, run: RunFolder, runtime: Runtime) -> Path:
+    path = run.checkpoint(state.step)
+    if runtime.rank == 0 and not path.exists():
+        with new_folder(path) as folder:
+            weights = {**state.model.state_dict(), **state.average}
+            write_model(folder, weights, parts.config, parts.card(state.step))
+            (folder / "training").mkdir()
+            state.save(folder / "training")
+        run.prune(parts.recipe.keep_checkpoints)
+        run.event("checkpoint", step=state.step)
+    if runtime.world_size > 1:
+        dist.barrier()
+    return path
+
+
+def _resume(state: TrainState, run: RunFolder) -> None:
+    newest = run.newest()
+    if newest is None:
+        return
+    check_format(newest)
+    average = {
+        f"{part}.{name}": tensor
+        for part in ("backbone", "text_encoder")
+        for name, tensor in load_weights(
+            newest / part / "model.safetensors", torch.device("cpu")
+        ).items()
+    }
+    state.load(newest / "training", average)

@@ -1,0 +1,125 @@
+"""Everything that training changes, and its way to disk and back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nextdit_core.errors import UserError
+from nextdit_core.flow_model import FlowModel
+from nextdit_core.folder import read_json, write_json
+from nextdit_core.recipe import OptimizerRecipe
+from nextdit_core.saved_model import load_weights
+
+__all__ = ["TrainState", "learning_rate"]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def learning_rate(recipe: OptimizerRecipe, step: int, steps: int) -> float:
+    """Give the rate of one step; a pure function, so there is no scheduler state.
+
+    Args:
+        recipe: Peak rate, warm-up and shape.
+        step: From 0.
+        steps: Steps in all.
+
+    Returns:
+        The learning rate.
+    """
+    if step < recipe.warmup_steps:
+        return recipe.lr * (step + 1) / recipe.warmup_steps
+    if recipe.schedule == "constant":
+        return recipe.lr
+    share = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+@dataclass
+class TrainState:
+    """Weights, their running average, the optimiser and the position in the data.
+
+    Args:
+        model: What is trained.
+        optimizer: AdamW over the model's parameters.
+        average: Exponential moving average of the parameters, by name.
+        step: Optimiser steps done.
+        epoch: Epoch of the next batch.
+        batch: Index in that epoch of the next batch.
+    """
+
+    model: FlowModel
+    optimizer: torch.optim.AdamW
+    average: dict[str, Tensor]
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+
+    @classmethod
+    def fresh(cls, model: FlowModel, recipe: OptimizerRecipe) -> TrainState:
+        """Start from a model's initial weights."""
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=recipe.lr,
+            betas=(recipe.beta1, recipe.beta2),
+            weight_decay=recipe.weight_decay,
+        )
+        average = {name: value.detach().clone() for name, value in model.named_parameters()}
+        return cls(model, optimizer, average)
+
+    @torch.no_grad()
+    def update_average(self, decay: float) -> None:
+        """Move the average towards the weights; early on faster than `decay` says."""
+        rate = 1 - min(decay, (1 + self.step) / (10 + self.step))
+        weights = [value.detach() for _, value in self.model.named_parameters()]
+        torch._foreach_lerp_(list(self.average.values()), weights, rate)
+
+    def save(self, folder: Path) -> None:
+        """Write raw weights, moments and position into an empty folder.
+
+        The average is not written here: it is the model that the checkpoint shows.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter.detach()
+            for moment in MOMENTS:
+                tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
+        cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(cpu, folder / "state.safetensors")
+        position = {"step": self.step, "epoch": self.epoch, "batch": self.batch}
+        write_json(folder / "position.json", position)
+
+    def load(self, folder: Path, average: dict[str, Tensor]) -> None:
+        """Continue from what `save` wrote.
+
+        Args:
+            folder: The folder.
+            average: The averaged weights, by name.
+
+        Raises:
+            UserError: A tensor is missing or has another shape.
+        """
+        tensors = load_weights(folder / "state.safetensors", torch.device("cpu"))
+        position = read_json(folder / "position.json")
+        step = torch.tensor(float(position["step"]))
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                try:
+                    parameter.copy_(tensors[f"model.{name}"])
+                    self.average[name].copy_(average[name])
+                    self.optimizer.state[parameter] = {
+                        "step": step.clone(),
+                        **{m: tensors[f"{m}.{name}"].to(parameter) for m in MOMENTS},
+                    }
+                except (KeyError, RuntimeError) as error:
+                    raise UserError(f"{folder} does not fit this model: {error}") from error
+        self.step, self.epoch, self.batch = (
+            position["step"],
+            position["epoch"],
+            position["batch"],
+        )
