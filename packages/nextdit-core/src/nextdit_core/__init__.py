@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nextdit_core.recipe import Recipe
     from nextdit_core.text_encoders import TextEncoder
     from nextdit_core.tokens import Tokens
+    from nextdit_core.training.run import train
     from nextdit_core.training.runtime import Engine, Runtime
 
 __version__ = version("nextdit-core")
@@ -37,6 +38,7 @@ _HOMES = {
     "Tokens": "tokens",
     "Engine": "training.runtime",
     "Runtime": "training.runtime",
+    "train": "training.run",
 }
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "Tokens",
     "UserError",
     "__version__",
+    "train",
 ]
 
 

@@ -121,7 +121,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.wq(x)).view(batch, tokens, self.heads, self.head_dim)
         k = self.k_norm(self.wk(x)).view(batch, tokens, self.kv_heads, self.head_dim)
         v = self.wv(x).view(batch, tokens, self.kv_heads, self.head_dim)
-        q, k = rope3d.rotate(q, rotation), rope3d.rotate(k, rotation)
+        q, k = rope3d.rotate(q, k, rotation)
         if lengths is None:
             out = rope3d.attention(q, k, v, scale=scale, trained_tokens=trained_tokens)
         else:
@@ -354,8 +354,7 @@ class NextDiT(nn.Module):
             tokens: The noisy samples.
             t: `[batch]` in [0, 1], 0 = noise.
             condition: As given, or as returned by `prepare`.
-            rope: Another rotary layout for this call (context extrapolation); its angles may
-                depend on t.
+            rope: Another rotary layout for this call, over three position columns.
             scale: Softmax scale of the self attention; "proportional" needs
                 `trained_tokens`; None is 1/sqrt(head_dim).
             trained_tokens: Tokens per sample at training, for "proportional".
@@ -382,11 +381,7 @@ class NextDiT(nn.Module):
         lengths = tokens.lengths if length is None else None
         x = self.x_embedder(tokens.values.to(self.x_embedder.weight.dtype)).view(*shape, -1)
         positions = tokens.positions.view(*shape, 3)
-        if rope is None:
-            rotation = self.rope.rotation(positions)
-        else:
-            times = t if length is not None else _per_token(t[:, None], lengths)[..., 0]
-            rotation = rope.rotation(positions, times)
+        rotation = (rope or self.rope).rotation(positions)
         for index, block in enumerate(self.layers):
             text = None
             if condition.mask is not None:

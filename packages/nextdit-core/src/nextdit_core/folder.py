@@ -17,7 +17,15 @@ from typing import Any
 
 from nextdit_core.errors import UserError
 
-__all__ = ["MARKER", "check_complete", "new_folder", "read_json", "write_json", "write_text"]
+__all__ = [
+    "MARKER",
+    "check_complete",
+    "new_file",
+    "new_folder",
+    "read_json",
+    "write_json",
+    "write_text",
+]
 
 #: File that lists every other file of a folder with its size, written last.
 MARKER = "complete.json"
@@ -84,6 +92,30 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise _cannot_write(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Write a file that appears whole or not at all; one that was there is replaced.
+
+    Args:
+        path: Where it shall stand. Missing folders are made.
+
+    Yields:
+        A path of the same suffix to write to.
+
+    Raises:
+        UserError: The place is not writable, or the disk is full.
+    """
+    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _to_disk(path: Path) -> None:

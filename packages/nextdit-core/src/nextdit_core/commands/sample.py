@@ -102,6 +102,7 @@ def _draw(
     target: Path,
     single: bool,
 ) -> int:
+    from nextdit_core.folder import new_file
     from nextdit_core.progress import Progress
 
     media: list[object] = []
@@ -116,24 +117,12 @@ def _draw(
                 media += made
                 continue
             for one, job in zip(made, some, strict=True):
-                write_media(pipe, [one], target / _file(*job, pipe.modality.suffix), [job[0]])
+                with new_file(target / _file(*job, pipe.modality.suffix)) as file:
+                    pipe.modality.write([one], file, [job[0]])
     if single:
-        write_media(pipe, media, target, [job[0] for job in jobs])
+        with new_file(target) as file:
+            pipe.modality.write(media, file, [job[0] for job in jobs])
     return len(jobs)
-
-
-def write_media(
-    pipe: Pipeline, media: Sequence[object], path: Path, captions: Sequence[str]
-) -> None:
-    """Write through a temporary name, so that a file that exists is a whole one."""
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        pipe.modality.write(media, partial, captions)
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _prompts(prompt: str) -> list[str]:

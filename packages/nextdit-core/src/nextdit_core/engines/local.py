@@ -17,7 +17,7 @@ from nextdit_core.errors import UserError
 from nextdit_core.progress import Progress
 from nextdit_core.recipe import Recipe
 from nextdit_core.training.loop import prepare, train
-from nextdit_core.training.run_folder import RunFolder
+from nextdit_core.training.run_folder import RunFolder, step_of
 
 __all__ = ["LocalEngine", "pick_device"]
 
@@ -112,7 +112,7 @@ class LocalEngine:
         if dist.is_initialized():
             dist.barrier()
         newest = run.newest()
-        done = 0 if newest is None else int(newest.name.removeprefix("step_"))
+        done = 0 if newest is None else step_of(newest)
         if not first:
             train(recipe, _LocalRuntime(device, None))
             return

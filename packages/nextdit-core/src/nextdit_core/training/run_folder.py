@@ -3,6 +3,7 @@
 recipe.toml      the settings, as resolved
 metrics.jsonl    one row per optimiser step
 events.jsonl     starts (with the workers' process ids), checkpoints, stops
+failure.txt      why the last start ended, where another try would fail in the same way
 checkpoints/     step_00000100/, ... : each a saved model with a training/ folder inside
 """
 
@@ -24,7 +25,7 @@ from nextdit_core.folder import write_text
 from nextdit_core.recipe import Recipe
 from nextdit_core.saved_model import CHECKPOINTS, newest_checkpoint
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "step_of"]
 
 #: Recipe keys that may change between two starts of one run; all others shape the curve.
 MAY_CHANGE = {
@@ -41,6 +42,14 @@ MAY_CHANGE = {
     "max_failures",
 }
 
+#: More than the longest row of the loss curve.
+ROW_BYTES = 4096
+
+
+def step_of(checkpoint: Path) -> int:
+    """Read the step from a checkpoint folder's name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
 
 class RunFolder:
     """Read and write a run folder.
@@ -55,6 +64,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.events_file = self.path / "events.jsonl"
         self.stop_file = self.path / "stop-requested"
+        self.failure_file = self.path / "failure.txt"
 
     def open(self, recipe: Recipe) -> None:
         """Make the folder, or check that it belongs to this recipe.
@@ -75,6 +85,7 @@ class RunFolder:
                 self._check_same(recipe)
             (self.path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
             self.stop_file.unlink(missing_ok=True)
+            self.failure_file.unlink(missing_ok=True)
             write_text(self.recipe_file, tomli_w.dumps(recipe.to_dict()))
         except OSError as error:
             raise UserError(
@@ -113,6 +124,29 @@ class RunFolder:
         """Find the newest complete checkpoint, or None."""
         return newest_checkpoint(self.path)
 
+    def finished(self, recipe: Recipe) -> Path | None:
+        """Find the checkpoint of the recipe's last step, or None where training has to go on.
+
+        Raises:
+            UserError: The folder belongs to a run with other settings.
+        """
+        newest = self.newest()
+        if newest is None or not self.recipe_file.exists():
+            return None
+        self._check_same(recipe)
+        return newest if step_of(newest) >= recipe.steps else None
+
+    def fail(self, why: str) -> None:
+        """Leave word of an error that another try would meet again."""
+        write_text(self.failure_file, why)
+
+    def failure(self) -> str | None:
+        """Read what `fail` left since the run was last opened, or None."""
+        try:
+            return self.failure_file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
     def prune(self, keep: int) -> None:
         """Remove all but the newest checkpoints and what interrupted writes left behind."""
         folders = sorted((self.path / CHECKPOINTS).glob("step_*"))
@@ -124,6 +158,17 @@ class RunFolder:
     def rows(self) -> list[dict[str, Any]]:
         """Read the loss curve; a last row that was cut off is left out."""
         return _read_rows(self.metrics_file)
+
+    def last_row(self) -> dict[str, Any] | None:
+        """Read the newest row of the loss curve without reading the others."""
+        try:
+            with self.metrics_file.open("rb") as stream:
+                stream.seek(0, os.SEEK_END)
+                stream.seek(max(0, stream.tell() - ROW_BYTES))
+                lines = stream.read().split(b"\n")
+        except FileNotFoundError:
+            return None
+        return json.loads(lines[-2]) if len(lines) > 2 else None
 
     def events(self) -> list[dict[str, Any]]:
         """Read the events."""

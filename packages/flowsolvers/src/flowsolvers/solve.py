@@ -1,0 +1,113 @@
+"""Carry out a plan: one loop for every solver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowsolvers.plan import Plan
+from flowsolvers.plan import plan as lay_out
+from flowsolvers.schedules import Schedule
+from flowsolvers.velocity import Velocity
+
+__all__ = ["Solution", "solve"]
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Where the flow ends.
+
+    Args:
+        x: The state at t=1, shaped like x0; float32, or float64 when x0 is float64.
+        nfe: Velocity evaluations made.
+    """
+
+    x: Tensor
+    nfe: int
+
+
+def solve(
+    velocity: Velocity,
+    x0: Tensor,
+    *,
+    nfe: int | None = None,
+    solver: str | None = None,
+    schedule: Schedule | None = None,
+    plan: Plan | None = None,
+) -> Solution:
+    """Integrate dx/dt = velocity(t, x) from noise to data.
+
+    The state is kept in float32 (float64 when x0 is float64) whatever the model's dtype, so
+    rounding does not grow with the number of steps. All times are put on x0's device before
+    the loop, which then never waits for the device. Grad mode is the caller's.
+
+    Args:
+        velocity: `velocity(t, x) -> dx/dt`. t is a 0-dim tensor on x0's device, in the state's
+            dtype; x has x0's shape and dtype and must not be written to; the result has x0's shape.
+        x0: The state at the plan's start, any shape, floating point.
+        nfe: Velocity evaluations, at least 1. Give this or `plan`.
+        solver: One of `solvers()`; `midpoint` when None.
+        schedule: The time grid; `uniform()` when None.
+        plan: A table made before, in place of nfe, solver and schedule.
+
+    Returns:
+        The state at the end, in the state's dtype, and the evaluations made.
+
+    Raises:
+        ValueError: Both or neither of `plan` and `nfe` are given, `plan` comes with a solver
+            or a schedule, x0 is not floating point, the velocity's shape is not x0's, or a
+            name or number is not accepted by `flowsolvers.plan`.
+
+    Convention: t=0 is noise and t=1 is data; velocity points from noise to data.
+
+    Example:
+        >>> solution = solve(lambda t, x: x, torch.ones(2), nfe=8, solver="rk4")
+        >>> solution.x, solution.nfe
+        (tensor([2.7173, 2.7173]), 8)
+    """
+    if plan is None:
+        if nfe is None:
+            raise ValueError("neither nfe nor plan is given; give one, as in nfe=20")
+        plan = lay_out("midpoint" if solver is None else solver, nfe=nfe, schedule=schedule)
+    elif not (nfe is None and solver is None and schedule is None):
+        raise ValueError("a plan already holds nfe, solver and schedule; give it or them, not both")
+    if not x0.is_floating_point():
+        raise ValueError(f"x0 must be floating point, got {x0.dtype}; convert it with x0.float()")
+    return Solution(_execute(velocity, x0, plan), plan.nfe)
+
+
+def _execute(velocity: Velocity, x0: Tensor, plan: Plan) -> Tensor:
+    state = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    times = [row.t for step in plan.steps for row in step.rows]
+    clock = iter(torch.tensor(times, dtype=state, device=x0.device).unbind())
+    x = x0.to(state)
+    for step in plan.steps:
+        velocities: list[Tensor] = []
+        for row in step.rows:
+            # The point stays unnamed, so that it is freed as soon as the model lets go of it.
+            v = velocity(next(clock), _cast(_add(x, row.weights, velocities), x0.dtype))
+            if v.shape != x.shape:
+                raise ValueError(
+                    f"velocity returned shape {tuple(v.shape)} for x of shape {tuple(x.shape)}; "
+                    f"it must return dx/dt, shaped like x"
+                )
+            velocities.append(_cast(v, state))
+        x = _add(x, step.weights, velocities)
+    return x
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert; the comparison is there because `to` costs nearly an addition even as a no-op."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _add(x: Tensor, weights: Sequence[float], velocities: Sequence[Tensor]) -> Tensor:
+    """Return x + Σ_i weights[i]·velocities[i]; x is untouched, and at most one tensor is made."""
+    total = x
+    for weight, v in zip(weights, velocities, strict=True):
+        if weight:
+            total = x.add(v, alpha=weight) if total is x else total.add_(v, alpha=weight)
+    return total

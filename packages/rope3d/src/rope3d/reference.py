@@ -1,0 +1,39 @@
+"""The reference backend: the rotation in plain PyTorch, on every device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["REFERENCE", "Reference"]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Rotate with PyTorch operations; the definition that other backends are held to."""
+
+    name: str = "reference"
+
+    def why_not(self, q: Tensor, k: Tensor) -> str | None:
+        """Refuse only tensors that hold no real floating-point numbers."""
+        if q.dtype.is_floating_point and k.dtype.is_floating_point:
+            return None
+        return f"q is {q.dtype} and k is {k.dtype}; rotation needs floating point"
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate `[..., tokens, heads, 2 * pairs]` by `[..., tokens, pairs]`."""
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for every head
+        return _turn(q, cos, sin), _turn(k, cos, sin)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+REFERENCE = Reference()
