@@ -6,7 +6,7 @@ import pickle
 import flowsolvers as fs
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 SCHEDULES = [fs.uniform(), fs.shift(4.0), fs.shift(0.3), fs.sigmoid(), fs.cosine()]
@@ -45,6 +45,7 @@ def test_sigmoid_is_the_papers_curve_up_to_an_affine_map():
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@settings(deadline=None)
 @given(steps=st.integers(1, 300))
 def test_grid_increases_from_exactly_0_to_exactly_1(schedule, steps):
     grid = schedule.grid(steps)
@@ -71,11 +72,13 @@ def test_composition_is_associative():
         a @ (lambda u: u)
 
 
+@settings(deadline=None)
 @given(a=st.floats(0.05, 20), b=st.floats(0.05, 20), u=st.floats(0, 1))
 def test_shifts_compose_by_multiplying(a, b, u):
     assert (fs.shift(a) @ fs.shift(b))(u) == pytest.approx(fs.shift(a * b)(u), abs=1e-12)
 
 
+@settings(deadline=None)
 @given(st.floats(1e-3, 1e3), st.floats(0, 1), st.floats(1e-3, 50), st.floats(1e-3, 50))
 def test_printed_names_are_read_back_exactly(sigma, mu, alpha, beta):
     for one in (fs.shift(sigma), fs.sigmoid(mu, alpha, beta)):

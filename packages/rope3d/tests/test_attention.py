@@ -3,10 +3,11 @@
 import math
 
 import pytest
-import rope3d
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import rope3d
 
 
 def written_out(q, k, v, scale=None, mask=None):

@@ -1,8 +1,9 @@
 """Positions against loops written out."""
 
 import pytest
-import rope3d
 import torch
+
+import rope3d
 
 
 def test_image_grid_is_row_major() -> None:

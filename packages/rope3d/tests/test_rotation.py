@@ -1,11 +1,12 @@
 """Rotation against complex multiplication, and the properties that define it."""
 
 import pytest
-import rope3d
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
+
+import rope3d
 
 LAYOUTS = {
     "lumina": rope3d.lumina(24),
@@ -30,8 +31,8 @@ def complex_rotation(x: torch.Tensor, rope: rope3d.Rope, positions: torch.Tensor
     [
         (torch.float64, 1e-6),  # cosine and sine are float32
         (torch.float32, 2e-6),
-        (torch.bfloat16, 2.0**-6),  # half a unit in the last place of values below 4
-        (torch.float16, 2.0**-9),
+        (torch.bfloat16, 2.0**-8 + 2e-6),  # half a unit in the last place of values below 2
+        (torch.float16, 2.0**-11 + 2e-6),
     ],
 )
 def test_equals_complex_multiplication(rope, dtype, tolerance) -> None:
@@ -111,9 +112,7 @@ def test_packed_equals_samples_alone() -> None:
     positions, _ = rope3d.pack(samples)
     q = torch.randn(10, 2, 24)
     packed, _ = rope3d.apply(q, q, rope, positions)
-    alone = [
-        rope3d.apply(x, x, rope, p)[0] for x, p in zip(q.split((6, 4)), samples, strict=True)
-    ]
+    alone = [rope3d.apply(x, x, rope, p)[0] for x, p in zip(q.split((6, 4)), samples, strict=True)]
     assert torch.equal(packed, torch.cat(alone))
 
 
@@ -150,6 +149,32 @@ def test_compiles_whole_and_once_for_all_positions() -> None:
         ours = compiled(q, k, rope, positions)
         for left, right in zip(ours, rope3d.apply(q, k, rope, positions), strict=True):
             assert torch.equal(left, right)
+    assert counter.frame_count == 1
+
+
+def test_an_equal_layout_recompiles_nothing_and_another_is_not_confused_with_it() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(rope3d.apply, backend=counter, fullgraph=True)
+    q, positions = torch.randn(5, 1, 8), torch.randn(5, 2)
+    for base, graphs in ((10.0, 1), (10.0, 1), (20.0, 2), (10.0, 2)):
+        rope = rope3d.lumina(8, base=base)
+        assert torch.equal(
+            compiled(q, q, rope, positions)[0], rope3d.apply(q, q, rope, positions)[0]
+        )
+        assert counter.frame_count == graphs
+
+
+def test_compiles_for_any_number_of_tokens() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(rope3d.apply, backend=counter, fullgraph=True, dynamic=True)
+    rope = rope3d.lumina(8)
+    for tokens in (5, 9, 6, 17):
+        q, positions = torch.randn(2, tokens, 3, 8), torch.randn(tokens, 2)
+        assert torch.equal(
+            compiled(q, q, rope, positions)[0], rope3d.apply(q, q, rope, positions)[0]
+        )
     assert counter.frame_count == 1
 
 

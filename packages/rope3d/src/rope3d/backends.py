@@ -13,9 +13,9 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
+from rope3d.compile_constant import compile_constant
 from rope3d.reference import REFERENCE
 
 __all__ = ["GROUP", "VARIABLE", "Backend", "choose", "explain", "installed", "load", "refresh"]
@@ -167,7 +167,7 @@ def choose(q: Tensor, k: Tensor, backend: str | None = None) -> Backend:
     )
 
 
-@torch.compiler.assume_constant_result
+@compile_constant
 def _candidates(device: str, backend: str | None) -> tuple[str, ...]:
     """Name the imported backends to try, in order; a constant to torch.compile."""
     named = _named(backend)
@@ -219,6 +219,7 @@ def explain(q: Tensor, k: Tensor, *, backend: str | None = None) -> str:
         ValueError: The name is not installed.
         RuntimeError: Two distributions claim one name.
 
+    >>> import torch
     >>> q = torch.zeros(1, 4, 2, 8)
     >>> print(explain(q, q, backend="reference").splitlines()[0].split())
     ['backend', 'from', 'runs', 'why']
@@ -240,7 +241,9 @@ def explain(q: Tensor, k: Tensor, *, backend: str | None = None) -> str:
         table.append((name, origin, runs, reason))
     widths = [max(len(line[column]) for line in table) for column in range(3)]
     return "\n".join(
-        "  ".join((*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]))
+        "  ".join(
+            (*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3])
+        )
         for line in table
     )
 
@@ -249,7 +252,9 @@ def _why_not_here(name: str, named: str | None, q: Tensor, k: Tensor) -> str | N
     if named is not None and name != named:
         return f"{named} is named"
     if named is None and name != REFERENCE.name and q.device.type != "cuda":
-        return f"not imported: q is on {q.device.type}, and only cuda tensors or its name ask for it"
+        return (
+            f"not imported: q is on {q.device.type}, and only cuda tensors or its name ask for it"
+        )
     try:
         candidate = REFERENCE if name == REFERENCE.name and named is None else load(name)
     except ImportError as error:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from ast import literal_eval
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from rope3d.compile_constant import compile_constant
 from rope3d.rotation import Rotation
 
 __all__ = ["Rope", "axial", "lumina", "paper"]
+
+#: Frequencies on their device, `[axes, pairs]`, by layout; only ever added to.
+_MATRICES: dict[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,14 @@ class Rope:
 
     Source:
         Su et al., RoFormer, arXiv 2104.09864, eq. 34; here with a sum over axes, which contains
-        the axis-wise layouts and the mixed one of rope-vit (arXiv 2403.13298, eq. 14).
+        the axis-wise layouts and the mixed one of rope-vit (arXiv 2403.13298).
 
     >>> Rope(((1.0, 0.0), (0.0, 1.0))).rotation(torch.zeros(5, 2)).cos.shape
     torch.Size([5, 2])
     """
 
     frequencies: tuple[tuple[float, ...], ...]
+    _spelled: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check that the rows form a matrix of finite numbers."""
@@ -55,6 +60,7 @@ class Rope:
             )
         if not all(math.isfinite(value) for row in self.frequencies for value in row):
             raise ValueError("frequencies hold a value that is not finite; remove inf and nan")
+        object.__setattr__(self, "_spelled", _spell(self.frequencies))
 
     @property
     def axes(self) -> int:
@@ -122,7 +128,7 @@ class Rope:
             )
         dtype = torch.float32 if positions.device.type == "mps" else torch.float64
         if type(positions) is Tensor:
-            matrix = _matrix(self, dtype, positions.device)
+            matrix = _MATRICES[_on_device(self._spelled, dtype, positions.device)]
         else:  # a tensor subclass, such as the fake tensors of torch.export, must not be cached
             matrix = torch.tensor(self.frequencies, dtype=dtype, device=positions.device)
         # A sum over axes rather than a matrix product: a token's angle then has the same bits
@@ -133,17 +139,23 @@ class Rope:
         return Rotation(angle.cos().to(torch.float32), angle.sin().to(torch.float32))
 
 
-@torch.compiler.assume_constant_result
-def _matrix(rope: Rope, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Hand a compiled graph the cached matrix as a constant, one graph per layout."""
-    return _matrix_on(rope, dtype, device)
+# torch.compile guards a layout by one string, compared by value: no guard per frequency, and no
+# recompilation for an equal layout.
+@compile_constant
+def _spell(frequencies: tuple[tuple[float, ...], ...]) -> str:
+    """Write the frequencies as a string that reads back exactly."""
+    return repr(frequencies)
 
 
-@lru_cache(maxsize=256)
-def _matrix_on(rope: Rope, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copy the frequencies to a device once; `[axes, pairs]`."""
-    with torch.inference_mode(False):  # an inference tensor could not serve a later backward
-        return torch.tensor(rope.frequencies, dtype=dtype, device=device)
+@compile_constant
+def _on_device(spelled: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Copy the frequencies to a device the first time; return the key of `_MATRICES`."""
+    key = f"{device} {dtype} {spelled}"
+    if key not in _MATRICES:
+        with torch.inference_mode(False):  # an inference tensor could not serve a later backward
+            matrix = torch.tensor(literal_eval(spelled), dtype=dtype, device=device)
+            _MATRICES.setdefault(key, matrix)
+    return key
 
 
 def lumina(head_dim: int, base: float = 10000.0) -> Rope:

@@ -73,8 +73,9 @@ def rotate(
 
     >>> import torch
     >>> quarter = Rotation(torch.zeros(1, 1), torch.ones(1, 1))
-    >>> rotate(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[0.0, 1.0]]]), quarter)
-    (tensor([[[0., 1.]]]), tensor([[[-1., 0.]]]))
+    >>> x = torch.tensor([[[1.0, 0.0]]])  # one token, one head, one pair
+    >>> rotate(x, x, quarter)[0]
+    tensor([[[0., 1.]]])
     """
     _check(q, k, rotation.cos)
     return choose(q, k, backend).rotate(q, k, rotation.cos, rotation.sin)

@@ -170,13 +170,14 @@ def _dense(
         )
     if q.numel() == 0 or k.numel() == 0:
         return q.new_zeros(batch, tokens, heads, v.shape[-1])
+    factor = None if isinstance(scale, str) else scale
     if scale == "proportional" and trained_tokens is not None:
         if key_mask is None:
-            scale = math.sqrt(math.log(keys) / math.log(trained_tokens) / head_dim)
+            factor = math.sqrt(math.log(keys) / math.log(trained_tokens) / head_dim)
         else:  # each sample has its own factor, known on the device only: it goes on the queries
             own = key_mask.sum(-1).clamp(min=1).to(torch.float32)
-            factor = (own.log() / math.log(trained_tokens)).sqrt()[:, None, None, None]
-            q, scale = (q * factor).to(q.dtype), None
+            growth = (own.log() / math.log(trained_tokens)).sqrt()[:, None, None, None]
+            q = (q * growth).to(q.dtype)
     mask = alive = None
     if key_mask is not None:
         alive = key_mask.any(-1, keepdim=True)
@@ -186,7 +187,7 @@ def _dense(
     group = heads // kv_heads
     grouped = q.unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4).flatten(2, 3)
     out = scaled_dot_product_attention(
-        grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
+        grouped, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=factor
     )
     out = out.unflatten(2, (group, tokens)).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return out if alive is None else out.masked_fill(~alive[:, :, None, None], 0.0)

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from nextdit_core import Conditioning, NextDiT, NextDiTConfig, Tokens, UserError
+from safetensors.torch import load_file
+from torch import Tensor
+
+PATCH, CHANNELS = 2, 4
+
+
+def _grid(rows: int, columns: int) -> Tensor:
+    return torch.cartesian_prod(
+        torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns))
+    )
+
+
+@pytest.fixture(scope="module")
+def reference_model(golden: Path) -> NextDiT:
+    """The tiny random model of the reference tensors, with the authors' weights."""
+    sizes = json.loads((golden / "tiny_config.json").read_text())["official"]
+    config = NextDiTConfig(
+        token_dim=PATCH**2 * CHANNELS,
+        axes=2,
+        width=sizes["dim"],
+        layers=sizes["n_layers"],
+        heads=sizes["n_heads"],
+        kv_heads=sizes["n_kv_heads"],
+        text_dim=sizes["cap_feat_dim"],
+        multiple_of=sizes["multiple_of"],
+    )
+    weights = load_file(golden / "tiny_official.safetensors")
+    del weights["pad_token"]
+    # The reference predicts twice the channels and throws the second half away.
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        both = weights[name].unflatten(0, (PATCH, PATCH, 2 * CHANNELS))
+        weights[name] = both[:, :, :CHANNELS].flatten(0, 2)
+    model = NextDiT(config)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _run(model: NextDiT, case: dict[str, Tensor], **options: object) -> Tensor:
+    """Patchify as the reference does: (C, pH, pW) on input, (pH, pW, C) on output."""
+    x = case["x"]
+    batch, _, height, width = x.shape
+    rows, columns = height // PATCH, width // PATCH
+    patches = x.unflatten(2, (rows, PATCH)).unflatten(4, (columns, PATCH))
+    values = patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, PATCH**2 * CHANNELS)
+    positions = _grid(rows, columns).repeat(batch, 1)
+    tokens = Tokens(values, positions, (rows * columns,) * batch)
+    condition = Conditioning(case["cap_feats"], case["cap_mask"].sum(1))
+    with torch.no_grad():
+        out = model(tokens, case["t"], condition, **options)  # type: ignore[arg-type]
+    out = out.view(batch, rows, columns, PATCH, PATCH, CHANNELS)
+    return out.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fwd_plain_16x16", {}),
+        ("fwd_masked_12x20", {}),
+        ("fwd_prop_24x24_noscale", {"scale": "proportional", "trained_tokens": 64}),
+    ],
+)
+def test_velocity_equals_the_authors(
+    golden: Path, reference_model: NextDiT, name: str, options: dict[str, object]
+) -> None:
+    case = load_file(golden / f"{name}.safetensors")
+    out = _run(reference_model, case, **options)
+    assert (out - case["out_official"]).abs().max() <= 1e-5
+
+
+def _model(random: torch.Generator, **sizes: int) -> NextDiT:
+    """A small model in which no weight is zero."""
+    config = NextDiTConfig(**({"token_dim": 4, "width": 32, "heads": 4, "layers": 2} | sizes))
+    model = NextDiT(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_packed_batch_equals_samples_alone(random: torch.Generator, axes: int) -> None:
+    width = 48 if axes == 3 else 32
+    model = _model(random, axes=axes, kv_heads=2, text_dim=8, width=width)
+    shapes = [(2, 3), (4, 4), (1, 1)]
+    samples = [
+        Tokens(torch.randn(r * c, 4, generator=random), _grid(r, c), (r * c,)) for r, c in shapes
+    ]
+    t = torch.tensor([0.1, 0.5, 0.9])
+    text = Conditioning(torch.randn(3, 6, 8, generator=random), torch.tensor([6, 2, 4]))
+    with torch.no_grad():
+        packed = model(Tokens.pack(samples), t, text)
+        alone = [
+            model(one, t[i : i + 1], Conditioning(text.text[i : i + 1], text.lengths[i : i + 1]))
+            for i, one in enumerate(samples)
+        ]
+    assert (packed - torch.cat(alone)).abs().max() <= 1e-5
+
+
+def test_prepared_conditioning_gives_the_same_velocity(random: torch.Generator) -> None:
+    model = _model(random, text_dim=8)
+    tokens = Tokens(torch.randn(6, 4, generator=random), _grid(2, 3), (6,))
+    text = Conditioning(torch.randn(1, 5, 8, generator=random), torch.tensor([3]))
+    t = torch.tensor([0.3])
+    with torch.no_grad():
+        assert torch.equal(model(tokens, t, text), model(tokens, t, model.prepare(text)))
+
+
+def test_text_past_its_length_changes_nothing(random: torch.Generator) -> None:
+    model = _model(random, text_dim=8)
+    tokens = Tokens(torch.randn(6, 4, generator=random), _grid(2, 3), (6,))
+    text = torch.randn(1, 5, 8, generator=random)
+    other = text.clone()
+    other[:, 3:] = 1e3
+    lengths, t = torch.tensor([3]), torch.tensor([0.3])
+    with torch.no_grad():
+        one = model(tokens, t, Conditioning(text, lengths))
+        two = model(tokens, t, Conditioning(other, lengths))
+    assert torch.equal(one, two)
+
+
+def test_a_new_model_predicts_zero() -> None:
+    model = NextDiT(NextDiTConfig(token_dim=4, width=32, heads=4, layers=2, text_dim=8))
+    tokens = Tokens(torch.randn(6, 4), _grid(2, 3), (6,))
+    text = Conditioning(torch.randn(1, 5, 8), torch.tensor([5]))
+    assert model(tokens, torch.tensor([0.5]), text).abs().max() == 0.0
+
+
+def test_every_parameter_gets_a_gradient(random: torch.Generator) -> None:
+    model = _model(random, text_dim=8, kv_heads=2)
+    tokens = Tokens(torch.randn(6, 4, generator=random), _grid(2, 3), (6,))
+    text = Conditioning(torch.randn(1, 5, 8, generator=random), torch.tensor([5]))
+    model(tokens, torch.tensor([0.5]), text).square().sum().backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+def test_released_size_has_the_released_number_of_parameters() -> None:
+    config = NextDiTConfig(
+        token_dim=16, width=2304, layers=24, heads=32, kv_heads=8, text_dim=2048, multiple_of=256
+    )
+    with torch.device("meta"):
+        model = NextDiT(config)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    # The released model has 1,627,386,400: its unused pad token (2304) and the half of its
+    # final layer that is thrown away (16 rows of 2304 and 16 biases) are not in ours.
+    assert count == 1_627_386_400 - 2304 - 16 * 2304 - 16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 30}, "not a multiple of model.heads"),
+        ({"kv_heads": 3}, "not a multiple of model.kv_heads"),
+        ({"axes": 4}, "expected 1, 2 or 3"),
+        ({"axes": 3}, "rotary embedding over 3 axes"),
+        ({"layers": 0}, "at least 1"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(change: dict[str, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        NextDiTConfig(**({"token_dim": 4, "width": 32, "heads": 4} | change))
+
+
+def test_arguments_that_do_not_fit_are_refused(random: torch.Generator) -> None:
+    tokens = Tokens(torch.randn(6, 4), _grid(2, 3), (6,))
+    plain, textual = _model(random), _model(random, text_dim=8)
+    text = Conditioning(torch.randn(1, 5, 9), torch.tensor([5]))
+    with pytest.raises(ValueError, match="t has shape"):
+        plain(tokens, torch.tensor(0.5))
+    with pytest.raises(ValueError, match="takes text of width 8"):
+        textual(tokens, torch.tensor([0.5]))
+    with pytest.raises(ValueError, match="have width 9"):
+        textual(tokens, torch.tensor([0.5]), text)
