@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import rope3d
 import torch
@@ -18,6 +19,9 @@ from torch.nn import functional
 from nextdit_core.conditioning import Conditioning
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.tokens import Tokens
+
+#: Softmax scale of the self attention: a number, by token count, or 1/sqrt(head_dim).
+Scale = float | Literal["proportional"] | None
 
 __all__ = ["NextDiT", "PreparedConditioning", "backbone_rope"]
 
@@ -112,7 +116,7 @@ class Attention(nn.Module):
         x: Tensor,
         rotation: rope3d.Rotation,
         lengths: tuple[int, ...] | None,
-        scale: float | str | None,
+        scale: Scale,
         trained_tokens: int | None,
         text: tuple[Tensor, Tensor, Tensor] | None,
     ) -> Tensor:
@@ -196,7 +200,7 @@ class Block(nn.Module):
         modulation: Tensor,
         rotation: rope3d.Rotation,
         lengths: tuple[int, ...] | None,
-        scale: float | str | None,
+        scale: Scale,
         trained_tokens: int | None,
         text: tuple[Tensor, Tensor, Tensor] | None,
     ) -> Tensor:
@@ -342,7 +346,7 @@ class NextDiT(nn.Module):
         condition: Conditioning | PreparedConditioning | None = None,
         *,
         rope: rope3d.Rope | None = None,
-        scale: float | str | None = None,
+        scale: Scale = None,
         trained_tokens: int | None = None,
     ) -> Tensor:
         """Predict the velocity of every token.
@@ -377,7 +381,7 @@ class NextDiT(nn.Module):
         if condition.vector is not None:
             modulation = modulation + condition.vector
         length = tokens.equal_length
-        shape = (1, -1) if length is None else (tokens.batch, length)
+        shape = (1, len(tokens.values)) if length is None else (tokens.batch, length)
         lengths = tokens.lengths if length is None else None
         x = self.x_embedder(tokens.values.to(self.x_embedder.weight.dtype)).view(*shape, -1)
         positions = tokens.positions.view(*shape, 3)
