@@ -57,6 +57,8 @@ class Lines:
         return self.count
 
     def __getitem__(self, index):
+        if index >= self.count:
+            raise IndexError(index)
         rows = torch.linspace(-1, 1, 4 + index % 3)
         up = index % 2 == 0
         return Example(torch.stack([rows, rows if up else -rows], -1), "up" if up else "down")
@@ -79,7 +81,7 @@ def install(
     def put(name: str, module: str, entry_points: str, source: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
         (folder / f"{module}.py").write_text(textwrap.dedent(source))
-        info = folder / f"{name}-1.2.dist-info"
+        info = folder / f"{module}-1.2.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
         (info / "entry_points.txt").write_text(textwrap.dedent(entry_points))
