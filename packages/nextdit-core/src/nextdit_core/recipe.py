@@ -23,7 +23,19 @@ class _Section(BaseModel):
 
 
 class SizesRecipe(_Section):
-    """Sizes of the backbone; `NextDiTConfig` says what each means."""
+    """Sizes of the backbone.
+
+    Args:
+        width: Hidden width.
+        layers: Number of blocks.
+        heads: Query heads.
+        kv_heads: Key and value heads; as many as `heads` when left out.
+        multiple_of: The feed-forward width is rounded up to a multiple of this.
+        ffn_dim_multiplier: Extra factor on the feed-forward width.
+        norm_eps: Epsilon of the norms.
+        qk_norm: Norm of queries and keys.
+        rope_base: Base of the rotary frequencies.
+    """
 
     width: Count = 96
     layers: Count = 3

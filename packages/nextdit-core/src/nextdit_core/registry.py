@@ -27,7 +27,7 @@ GROUPS = {
 #: Parts that are known to exist although their distribution may not be installed.
 KNOWN = {
     "nextdit.modalities": {"image": "modality-image"},
-    "nextdit.datasets": {"digits": "modality-image[digits]"},
+    "nextdit.datasets": {"digits": "modality-image[digits]", "folder": "modality-image"},
     "nextdit.engines": {"ray": "nextdit-ray"},
     "nextdit.commands": {"demo": "modality-image[digits] nextdit-ray"},
 }

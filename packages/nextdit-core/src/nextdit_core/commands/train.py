@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -22,4 +23,6 @@ def command(recipe: Path, overrides: tuple[str, ...], address: str | None) -> No
     from nextdit_core.training.run import train
 
     extra = () if address is None else (f'address="{address}"',)
-    click.echo(f"trained: {train(Recipe.load(recipe, [*overrides, *extra]))}")
+    checkpoint = train(Recipe.load(recipe, [*overrides, *extra]))
+    if os.environ.get("RANK", "0") == "0":  # torchrun runs this command once per rank
+        click.echo(f"trained: {checkpoint}")

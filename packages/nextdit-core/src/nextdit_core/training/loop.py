@@ -183,7 +183,7 @@ def _parallel(model: FlowModel, runtime: Runtime) -> nn.Module:
     if runtime.world_size == 1:
         return model
     ids = [runtime.device.index] if runtime.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
 
 def _workers(runtime: Runtime) -> list[dict[str, Any]]:

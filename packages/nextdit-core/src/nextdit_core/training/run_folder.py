@@ -108,9 +108,9 @@ class RunFolder:
             raise UserError(
                 f"{self.recipe_file} is damaged: {error}; choose another folder: out=..."
             ) from error
-        now = recipe.to_dict()
+        before, now = _flat(before), _flat(recipe.to_dict())
         for key in sorted(before.keys() | now.keys()):
-            if key not in MAY_CHANGE and before.get(key) != now.get(key):
+            if key.split(".")[0] not in MAY_CHANGE and before.get(key) != now.get(key):
                 raise UserError(
                     f"{self.path} holds a run with {key} = {before.get(key)!r}, and this recipe "
                     f"has {now.get(key)!r}; choose another folder: out=..."
@@ -186,6 +186,17 @@ class RunFolder:
     def event(self, name: str, **values: Any) -> None:
         """Add one event with the time of day."""
         _append(self.events_file, [{"event": name, "time": round(time.time(), 3), **values}])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Name the values of nested sections with dots, as overrides do."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def _append(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
