@@ -1,0 +1,399 @@
+"""Test and measure on a CUDA machine: `python benchmarks/gpu/run.py`; see benchmarks/README.md.
+
+The first process needs only Python: it lays out the packages of this repository as if they were
+installed and starts one process for the tests and one for the measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_DEVICE = 3
+
+#: Batch, tokens, query heads, key heads, head_dim.
+ROTARY = [
+    (1, 4096, 32, 8, 72),
+    (2, 16384, 32, 8, 72),
+    (1, 4096, 16, 16, 96),
+    (1, 8192, 24, 8, 128),
+]
+ROTARY_SMOKE = [(1, 40, 3, 1, 72)]
+
+#: Batch, rows, columns of tokens.
+IMAGES = [(4, 32, 32), (2, 64, 64)]
+IMAGES_SMOKE = [(2, 3, 4)]
+NETWORK = {"width": 1536, "layers": 16, "heads": 16, "kv_heads": 16, "token_dim": 16}
+NETWORK_SMOKE = {"width": 32, "layers": 2, "heads": 2, "kv_heads": 2, "token_dim": 4}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Test and measure on a CUDA machine.")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU; no result")
+    parser.add_argument("--no-tests", action="store_true", help="measure only")
+    parser.add_argument("--measure", metavar="FILE", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        Path(options.measure).write_text(measure(smoke=options.smoke), encoding="utf-8")
+        return 0
+    if not options.smoke and not has_cuda():
+        print("no CUDA device: nothing measured")
+        return NO_DEVICE
+    with tempfile.TemporaryDirectory() as folder:
+        environment = install(Path(folder), smoke=options.smoke)
+        passed, tests = True, "not run"
+        if not options.no_tests:
+            passed, tests = run_tests(Path(folder), environment, smoke=options.smoke)
+        table = Path(folder) / "table.md"
+        command = [sys.executable, __file__, "--measure", str(table)]
+        subprocess.run(
+            [*command, "--smoke"] if options.smoke else command, env=environment, check=True
+        )
+        report = f"{table.read_text(encoding='utf-8')}\nGPU tests: {tests}\n"
+    print(f"\n{report}")
+    if options.smoke:
+        print("smoke: the script ran; nothing above is a measurement, and nothing was written")
+    else:
+        print(f"written to {write(report)}")
+    return 0 if passed else 1
+
+
+def has_cuda() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def install(folder: Path, *, smoke: bool) -> dict[str, str]:
+    """Describe every distribution of the repository in `folder`, and give an environment with it.
+
+    A `*.dist-info` with a name, a version and entry points is all that importlib.metadata reads.
+    """
+    paths = [str(folder)]
+    for file in sorted(
+        [*ROOT.glob("packages/*/pyproject.toml"), *ROOT.glob("kernels/pyproject.toml")]
+    ):
+        project = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
+        name, version = project["name"], project["version"]
+        info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (info / "METADATA").write_text(metadata, encoding="utf-8")
+        lines: list[str] = []
+        for group, entries in project.get("entry-points", {}).items():
+            lines += [f"[{group}]", *(f"{key} = {value}" for key, value in entries.items())]
+        (info / "entry_points.txt").write_text("\n".join(lines), encoding="utf-8")
+        paths.append(str(file.parent / "src"))
+    environment = dict(os.environ)
+    inherited = environment.get("PYTHONPATH")
+    environment["PYTHONPATH"] = os.pathsep.join([*paths, inherited] if inherited else paths)
+    environment.pop("ROPE3D_BACKEND", None)
+    environment.pop("TRITON_INTERPRET", None)
+    if smoke:
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return environment
+
+
+def run_tests(folder: Path, environment: dict[str, str], *, smoke: bool) -> tuple[bool, str]:
+    """Run the tests marked gpu, and on a GPU all tests of the kernels, which then run natively.
+
+    Only files that mention the mark are collected, since others may import what is not here.
+    """
+    settings = folder / "pytest.ini"
+    settings.write_text(
+        "[pytest]\naddopts = --import-mode=importlib --strict-markers -p no:cacheprovider -q -ra\n"
+        "markers =\n  gpu: needs a CUDA device\n  ray: starts Ray\n  slow: takes minutes\n",
+        encoding="utf-8",
+    )
+    candidates = [*ROOT.glob("packages/*/tests/**/test_*.py"), *ROOT.glob("tests/**/test_*.py")]
+    candidates += ROOT.glob("kernels/tests/**/test_*.py")
+    marked = sorted(
+        str(file) for file in candidates if "mark.gpu" in file.read_text(encoding="utf-8")
+    )
+    kernels = str(ROOT / "kernels" / "tests")
+    runs = [[*marked, "-m", "gpu"]]
+    if not smoke:
+        runs = [[kernels]]
+        others = [file for file in marked if not file.startswith(kernels)]
+        runs += [[*others, "-m", "gpu"]] if others else []
+    passed, summaries = True, []
+    for arguments in runs:
+        command = [sys.executable, "-m", "pytest", "-c", str(settings), f"--rootdir={ROOT}"]
+        done = subprocess.run(
+            [*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True
+        )
+        print(done.stdout, done.stderr, flush=True)
+        passed &= done.returncode == 0
+        summaries.append((done.stdout.strip().splitlines() or ["no output"])[-1].strip("= "))
+    return passed, "; ".join(summaries)
+
+
+def write(report: str) -> Path:
+    import torch
+
+    folder = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    file = folder / f"gpu--{machine}--{datetime.now(UTC):%Y-%m-%d}.md"
+    file.write_text(report, encoding="utf-8")
+    return file
+
+
+# What follows runs in its own process, with the packages on its path.
+
+
+def measure(*, smoke: bool) -> str:
+    """Time everything and give the report as Markdown."""
+    title = "# Smoke run on the CPU: no measurement" if smoke else "# Rotary embedding and Next-DiT"
+    rounds = 2 if smoke else 50
+    return "\n\n".join(
+        [
+            title,
+            conditions(smoke=smoke),
+            f"## Rotary embedding of q and k, bfloat16, median of {rounds} rounds",
+            rotary(ROTARY_SMOKE if smoke else ROTARY, rounds, smoke=smoke),
+            f"## Next-DiT, bfloat16, not compiled, median of {max(2, rounds // 5)} rounds",
+            network(IMAGES_SMOKE if smoke else IMAGES, max(2, rounds // 5), smoke=smoke),
+        ]
+    )
+
+
+def conditions(*, smoke: bool) -> str:
+    import torch
+    import triton
+
+    def ask(*command: str) -> str:
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+        return done.stdout.strip().replace("\n", "; ")
+
+    facts = {
+        "device": "CPU, Triton's interpreter" if smoke else torch.cuda.get_device_name(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "commit": ask("git", "rev-parse", "HEAD"),
+        "uncommitted": ask("git", "status", "--short") or "nothing",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"triton {triton.__version__}, CUDA {torch.version.cuda}",
+    }
+    if not smoke:
+        query = "driver_version,power.limit,clocks.max.sm,clocks.max.mem"
+        facts["driver, power limit, maximal clocks"] = ask(
+            "nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"
+        )
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
+
+
+def interleaved(
+    runs: dict[str, Callable[[], object]], rounds: int, *, smoke: bool
+) -> dict[str, float]:
+    """Run each in turn, round after round, from a cold L2 cache; give medians in seconds."""
+    import torch
+
+    for run in runs.values():  # compiles, and fills the allocator
+        for _ in range(1 if smoke else 3):
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    if smoke:
+        for _ in range(rounds):
+            for name, run in runs.items():
+                begin = time.perf_counter()
+                run()
+                times[name].append(time.perf_counter() - begin)
+        return {name: statistics.median(values) for name, values in times.items()}
+    cold = torch.empty(512 * 2**20, dtype=torch.uint8, device="cuda")
+    for _ in range(rounds):
+        for name, run in runs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cold.zero_()  # also lets the host run ahead of the device
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end) / 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def host_time(run: Callable[[], object], *, smoke: bool) -> float:
+    """Give the seconds that the host spends in one call, median of 100, device idle before each."""
+    import torch
+
+    times: list[float] = []
+    for _ in range(2 if smoke else 100):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+        if not smoke:
+            torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def rotary(shapes: list[tuple[int, int, int, int, int]], rounds: int, *, smoke: bool) -> str:
+    import rope3d
+    import torch
+
+    device = "cpu" if smoke else "cuda"
+    rows = [("B, T, H, H_kv, D", "what", "device µs", "GB/s", "of copy", "host µs")]
+    for batch, tokens, heads, kv_heads, width in shapes:
+        torch.compiler.reset()
+        torch.manual_seed(0)
+        inputs = [
+            torch.randn(batch, tokens, count, width, device=device, dtype=torch.bfloat16)
+            for count in (heads, kv_heads)
+        ]
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        cotangents = [torch.randn_like(x) for x in inputs]
+        positions = torch.rand(tokens, 2, device=device) * 64
+        rotation = rope3d.lumina(width).rotation(positions)
+        moved = 2 * sum(x.nbytes for x in inputs) + rotation.cos.nbytes + rotation.sin.nbytes
+        source = torch.randint(256, (moved // 2,), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+
+        def rotate(name: str, q: torch.Tensor, k: torch.Tensor, rotation=rotation):
+            return rope3d.rotate(q, k, rotation, backend=name)
+
+        compiled = torch.compile(
+            rotate, fullgraph=True, dynamic=False, backend="aot_eager" if smoke else "inductor"
+        )
+        exact = rope3d.rotate(*(x.double() for x in inputs), rotation, backend="reference")
+        graphs = {name: rotate(name, *leaves) for name in ("triton", "reference")}
+        for ours in (graphs["triton"], graphs["reference"], compiled("reference", *inputs)):
+            for mine, theirs in zip(ours, exact, strict=True):
+                torch.testing.assert_close(mine.double(), theirs, atol=2.0**-6, rtol=2.0**-6)
+        backward = {
+            name: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
+            for name, outputs in graphs.items()
+        }
+        for mine, theirs in zip(backward["triton"], backward["reference"], strict=True):
+            torch.testing.assert_close(mine, theirs, atol=2.0**-5, rtol=2.0**-5)
+        del exact, backward
+
+        def turn_back(name: str, graphs=graphs, leaves=leaves, cotangents=cotangents):
+            return torch.autograd.grad(graphs[name], leaves, cotangents, retain_graph=True)
+
+        runs: dict[str, Callable[[], object]] = {
+            "device copy": lambda target=target, source=source: target.copy_(source),
+            "triton": lambda rotate=rotate, x=inputs: rotate("triton", *x),
+            "reference": lambda rotate=rotate, x=inputs: rotate("reference", *x),
+            "reference, torch.compile": lambda f=compiled, x=inputs: f("reference", *x),
+            "triton, backward": lambda f=turn_back: f("triton"),
+            "reference, backward": lambda f=turn_back: f("reference"),
+        }
+        medians = interleaved(runs, rounds, smoke=smoke)
+        for name, seconds in medians.items():
+            rows.append(
+                (
+                    f"{batch}, {tokens}, {heads}, {kv_heads}, {width}",
+                    name,
+                    f"{seconds * 1e6:.1f}",
+                    f"{moved / seconds / 1e9:.0f}",
+                    f"{medians['device copy'] / seconds:.2f}",
+                    f"{host_time(runs[name], smoke=smoke) * 1e6:.1f}",
+                )
+            )
+    return markdown(rows)
+
+
+def network(images: list[tuple[int, int, int]], rounds: int, *, smoke: bool) -> str:
+    import torch
+    from nextdit_core import NextDiT, NextDiTConfig, Tokens
+
+    device = "cpu" if smoke else "cuda"
+    torch.manual_seed(0)
+    config = NextDiTConfig(**(NETWORK_SMOKE if smoke else NETWORK))
+    model = NextDiT(config).to(device, torch.bfloat16)
+    with torch.no_grad():  # what starts at zero too: zeros are no fair numbers to multiply
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=not smoke)
+    size = 64 if smoke else 8192
+    factors = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    rows = [("batch × tokens", "what", "ms", "TFLOP/s", "of matmul")]
+    for batch, height, width in images:
+        place = torch.cartesian_prod(
+            torch.zeros(1), torch.arange(float(height)), torch.arange(float(width))
+        ).to(device)
+        values = torch.randn(batch * len(place), config.token_dim, device=device)
+        tokens = Tokens(values, place.repeat(batch, 1), (len(place),) * batch)
+        t = torch.rand(batch, device=device)
+        aim = torch.randn_like(values)
+
+        def forward(backend: str, tokens=tokens, t=t):
+            os.environ["ROPE3D_BACKEND"] = backend
+            with torch.no_grad():
+                return model(tokens, t)
+
+        def train(backend: str, tokens=tokens, t=t, aim=aim) -> None:
+            os.environ["ROPE3D_BACKEND"] = backend
+            torch.nn.functional.mse_loss(model(tokens, t).float(), aim).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        ours, theirs = forward("triton").float(), forward("reference").float()
+        error = (ours - theirs).norm() / theirs.norm()
+        if not error < 0.05:  # also refuses NaN
+            raise RuntimeError(f"the backends disagree by {error:.3f}; nothing is worth timing")
+        operations = forward_operations(model, batch, len(place))
+        runs: dict[str, Callable[[], object]] = {
+            "matmul": lambda: factors[0] @ factors[1],
+            "forward, triton rotation": lambda f=forward: f("triton"),
+            "forward, reference rotation": lambda f=forward: f("reference"),
+            "training step, triton rotation": lambda f=train: f("triton"),
+            "training step, reference rotation": lambda f=train: f("reference"),
+        }
+        counts = dict.fromkeys(runs, operations) | {"matmul": 2 * size**3}
+        counts |= {name: 3 * operations for name in runs if name.startswith("training")}
+        medians = interleaved(runs, rounds, smoke=smoke)
+        rates = {name: counts[name] / seconds / 1e12 for name, seconds in medians.items()}
+        for name, seconds in medians.items():
+            rows.append(
+                (
+                    f"{batch} × {len(place)}" if name != "matmul" else f"{size} × {size} × {size}",
+                    name,
+                    f"{seconds * 1e3:.2f}",
+                    f"{rates[name]:.1f}",
+                    f"{rates[name] / rates['matmul']:.2f}",
+                )
+            )
+    return f"{parameters / 1e6:.0f} million parameters, {config}\n\n{markdown(rows)}"
+
+
+def forward_operations(model, batch: int, tokens: int) -> int:
+    """Count the operations of one forward pass: linear layers per token, and attention."""
+    from torch import nn
+
+    per_token = sum(
+        2 * module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "adaLN" not in name and "t_embedder" not in name
+    )
+    config = model.config
+    attention = 4 * batch * tokens**2 * config.width * config.layers
+    return batch * tokens * per_token + attention
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""Triton kernels for Next-DiT, as PyTorch operators.
+
+Importing this package imports neither torch nor Triton; the first use of a name does.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nextdit_kernels.backend import TRITON
+    from nextdit_kernels.rotary import rotate
+
+__version__ = version("nextdit-kernels")
+
+__all__ = ["TRITON", "__version__", "rotate"]
+
+_MODULES = {"TRITON": "nextdit_kernels.backend", "rotate": "nextdit_kernels.rotary"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
