@@ -245,8 +245,9 @@ def host_time(run: Callable[[], object], *, smoke: bool) -> float:
 
 
 def rotary(shapes: list[tuple[int, int, int, int, int]], rounds: int, *, smoke: bool) -> str:
-    import rope3d
     import torch
+
+    import rope3d
 
     device = "cpu" if smoke else "cuda"
     rows = [("B, T, H, H_kv, D", "what", "device µs", "GB/s", "of copy", "host µs")]
@@ -312,6 +313,7 @@ def rotary(shapes: list[tuple[int, int, int, int, int]], rounds: int, *, smoke: 
 
 def network(images: list[tuple[int, int, int]], rounds: int, *, smoke: bool) -> str:
     import torch
+
     from nextdit_core import NextDiT, NextDiTConfig, Tokens
 
     device = "cpu" if smoke else "cuda"

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from nextdit_kernels import TRITON, rotary
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nextdit_kernels import TRITON, rotary
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from nextdit_kernels import rotary
 
 pytestmark = [

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from nextdit_kernels import rotary
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

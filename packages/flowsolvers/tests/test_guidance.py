@@ -2,9 +2,10 @@
 
 import math
 
-import flowsolvers as fs
 import pytest
 import torch
+
+import flowsolvers as fs
 
 
 def test_guidance_is_affine_in_the_scale():

@@ -4,8 +4,9 @@ import json
 import math
 import pickle
 
-import flowsolvers as fs
 import pytest
+
+import flowsolvers as fs
 
 SCHEDULES = [fs.uniform(), fs.shift(4.0), fs.sigmoid(), fs.cosine(), fs.shift(2.0) @ fs.cosine()]
 

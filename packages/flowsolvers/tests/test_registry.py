@@ -3,8 +3,9 @@
 from importlib.metadata import EntryPoint
 from types import SimpleNamespace
 
-import flowsolvers as fs
 import pytest
+
+import flowsolvers as fs
 from flowsolvers import registry
 from flowsolvers.tableaus import HEUN
 

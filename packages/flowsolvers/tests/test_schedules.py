@@ -3,11 +3,12 @@
 import math
 import pickle
 
-import flowsolvers as fs
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import flowsolvers as fs
 
 SCHEDULES = [fs.uniform(), fs.shift(4.0), fs.shift(0.3), fs.sigmoid(), fs.cosine()]
 

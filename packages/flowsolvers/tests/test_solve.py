@@ -3,11 +3,12 @@
 import gc
 import math
 
-import flowsolvers as fs
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import flowsolvers as fs
 
 GRIDS = [fs.uniform(), fs.shift(4.0), fs.cosine()]
 

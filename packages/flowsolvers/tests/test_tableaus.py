@@ -2,11 +2,12 @@
 
 import math
 
-import flowsolvers as fs
 import numpy as np
 import pytest
-from flowsolvers import tableaus
 from scipy.integrate import RK23
+
+import flowsolvers as fs
+from flowsolvers import tableaus
 
 
 @pytest.mark.parametrize("name", fs.solvers())

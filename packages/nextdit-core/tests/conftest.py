@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from nextdit_core import Recipe, registry
 
 MODULE = '''

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from nextdit_core import Conditioning, NextDiT, NextDiTConfig, Tokens, UserError
 from safetensors.torch import load_file
 from torch import Tensor
+
+from nextdit_core import Conditioning, NextDiT, NextDiTConfig, Tokens, UserError
 
 PATCH, CHANNELS = 2, 4
 

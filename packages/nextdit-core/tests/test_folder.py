@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from nextdit_core import UserError
 from nextdit_core.folder import MARKER, check_complete, new_file, new_folder
 
@@ -29,7 +30,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     with new_folder(before) as folder:
         (folder / "weights").write_bytes(b"1")
     with (
-        pytest.raises(UserError, match="no space left .* saved before is intact"),
+        pytest.raises(UserError, match=r"no space left .* saved before is intact"),
         new_folder(tmp_path / "step_2"),
     ):
         raise OSError(28, "No space left on device")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from nextdit_core import UserError
 from nextdit_core.training.draws import draw
 from nextdit_core.training.plan import batches_from, epoch_plan, rank_slice

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from nextdit_core import Recipe, UserError
 
 MINIMAL = 'out = "runs/x"\nmodality = "image"\ndataset = "digits"\n'

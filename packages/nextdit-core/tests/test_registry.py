@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from nextdit_core import UserError, registry
 from nextdit_core.modality import load_modality
 from nextdit_core.testing import check_modality

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from nextdit_core import UserError
 from nextdit_core.text_encoders import load_text_encoder
 from nextdit_core.text_encoders.bytes import ByteTextEncoder

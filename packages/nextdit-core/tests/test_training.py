@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from nextdit_core import Pipeline, Recipe, UserError, train
 from nextdit_core.training import loop
 from nextdit_core.training.run_folder import RunFolder
@@ -197,9 +198,7 @@ def test_bad_requests_are_refused(recipe: Make, options: dict[str, Any], message
 
 
 @pytest.mark.parametrize("damage", ["version", "truncated", "not a model", "no weights", "shape"])
-def test_a_model_that_cannot_be_loaded_is_named(
-    recipe: Make, damage: str, tmp_path: Path
-) -> None:
+def test_a_model_that_cannot_be_loaded_is_named(recipe: Make, damage: str, tmp_path: Path) -> None:
     checkpoint = train(recipe(steps=1))
     marker = checkpoint / "complete.json"
     weights = checkpoint / "backbone" / "model.safetensors"

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nextdit_core import Example, Modality, Size, UserError
 from torch import Tensor
+
+from nextdit_core import Example, Modality, Size, UserError
 
 __all__ = ["Curves", "Shapes"]
 

@@ -31,12 +31,11 @@ def demo(out: Path, seed: int, overrides: tuple[str, ...]) -> None:
     import time
     from importlib.resources import as_file, files
 
-    from nextdit_core import Pipeline, Recipe, train
-    from nextdit_core.progress import Progress
-    from nextdit_core.folder import new_file
-
     from modality_image.digits import caption, recognise
     from modality_image.sheet import contact_sheet
+    from nextdit_core import Pipeline, Recipe, train
+    from nextdit_core.folder import new_file
+    from nextdit_core.progress import Progress
 
     begun = time.monotonic()
     with as_file(files("modality_image") / "digits.toml") as file:
@@ -50,9 +49,7 @@ def demo(out: Path, seed: int, overrides: tuple[str, ...]) -> None:
         pictures = pipe(prompts, seed=seed, progress=progress.to)
     recognition = recognise(pictures)
     shown = [i for i in range(len(asked)) if i % COUNTED < SHOWN]
-    sheet = contact_sheet(
-        [pictures[i] for i in shown], [prompts[i] for i in shown], columns=SHOWN
-    )
+    sheet = contact_sheet([pictures[i] for i in shown], [prompts[i] for i in shown], columns=SHOWN)
     picture = run / "digits.png"
     with new_file(picture) as partial:
         sheet.save(partial)

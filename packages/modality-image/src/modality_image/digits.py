@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from nextdit_core import Example, UserError
 from PIL import Image as Pillow
+
+from nextdit_core import Example, UserError
 
 __all__ = ["WORDS", "Digits", "Recognition", "caption", "recognise"]
 
@@ -41,9 +42,7 @@ class Digits:
         UserError: scikit-learn is missing, or an argument is not acceptable.
     """
 
-    def __init__(
-        self, split: Literal["train", "test", "all"] = "train", size: int = 16
-    ) -> None:
+    def __init__(self, split: Literal["train", "test", "all"] = "train", size: int = 16) -> None:
         if split not in ("train", "test", "all"):
             raise UserError(f"digits split is {split!r}; accepted: train, test, all")
         if size < 8:

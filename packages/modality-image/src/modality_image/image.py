@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rope3d
 import torch
-from nextdit_core import Modality, Size, UserError
 from PIL import Image as Pillow
 from torch import Tensor
 
+import rope3d
 from modality_image.sheet import contact_sheet
+from nextdit_core import Modality, Size, UserError
 
 __all__ = ["Image"]
 
@@ -98,9 +98,7 @@ class Image(Modality):
         rows, columns = self._patches(size)
         side = self.patch_size
         patches = values.reshape(rows, columns, side, side, self.channels)
-        return patches.permute(4, 0, 2, 1, 3).reshape(
-            self.channels, rows * side, columns * side
-        )
+        return patches.permute(4, 0, 2, 1, 3).reshape(self.channels, rows * side, columns * side)
 
     def write(self, media: Sequence[Any], path: Path, captions: Sequence[str]) -> None:
         """Write one image as it is, and several as a contact sheet with captions."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nextdit_core import Example, UserError
 from PIL import Image as Pillow
 from PIL import ImageOps, UnidentifiedImageError
+
+from nextdit_core import Example, UserError
 
 __all__ = ["ImageFolder"]
 
@@ -56,9 +57,7 @@ class ImageFolder:
                 picture = ImageOps.exif_transpose(opened).convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
             raise UserError(f"cannot read picture {file}: {error}; repair or remove it") from error
-        fitted = ImageOps.fit(
-            picture, (self.width, self.height), method=Pillow.Resampling.LANCZOS
-        )
+        fitted = ImageOps.fit(picture, (self.width, self.height), method=Pillow.Resampling.LANCZOS)
         text = file.with_suffix(".txt")
         caption = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
         return Example(fitted, caption)

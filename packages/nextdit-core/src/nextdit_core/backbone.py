@@ -8,14 +8,15 @@ Convention: t = 0 is noise, t = 1 is data; the network takes t in [0, 1] unscale
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
-import rope3d
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import rope3d
 from nextdit_core.conditioning import Conditioning
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.tokens import Tokens
@@ -61,6 +62,11 @@ def backbone_rope(config: NextDiTConfig) -> rope3d.Rope:
     return rope3d.paper(dim, base=base)
 
 
+def _linear(layers: nn.Sequential, index: int) -> nn.Linear:
+    """Take a linear layer out of a sequence; the released weights number them."""
+    return cast("nn.Linear", layers[index])
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoids of t, cosine first, through a two-layer MLP."""
 
@@ -75,7 +81,7 @@ class TimestepEmbedder(nn.Module):
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         angles = t.float()[:, None] * torch.exp(-math.log(10000.0) * steps / half)
         features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        return self.mlp(features.to(_linear(self.mlp, 0).weight.dtype))
 
 
 class Attention(nn.Module):
@@ -145,9 +151,9 @@ def _cross_attention(
     if lengths is None:
         return rope3d.attention(q, keys, values, key_mask=mask)
     samples = [
-        rope3d.attention(
-            part[None], keys[i : i + 1], values[i : i + 1], key_mask=mask[i : i + 1]
-        )[0]
+        rope3d.attention(part[None], keys[i : i + 1], values[i : i + 1], key_mask=mask[i : i + 1])[
+            0
+        ]
         for i, part in enumerate(q[0].split(lengths))
     ]
     return torch.cat(samples)[None]
@@ -274,6 +280,11 @@ class NextDiT(nn.Module):
         self.final_layer = FinalLayer(config)
         self.reset_parameters()
 
+    @property
+    def blocks(self) -> Sequence[Block]:
+        """The blocks, in order."""
+        return cast("Sequence[Block]", self.layers)
+
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw the initial weights.
 
@@ -289,14 +300,15 @@ class NextDiT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         for index in (0, 2):
-            nn.init.normal_(self.t_embedder.mlp[index].weight, std=0.02, generator=generator)
-        zeros = [self.final_layer.linear, self.final_layer.adaLN_modulation[1]]
-        for block in self.layers:
-            zeros.append(block.adaLN_modulation[1])
+            weight = _linear(self.t_embedder.mlp, index).weight
+            nn.init.normal_(weight, std=0.02, generator=generator)
+        zeros = [self.final_layer.linear, _linear(self.final_layer.adaLN_modulation, 1)]
+        for block in self.blocks:
+            zeros.append(_linear(block.adaLN_modulation, 1))
             if self.config.text_dim is not None:
                 nn.init.zeros_(block.attention.gate)
         if self.config.text_dim is not None:
-            zeros.append(self.cap_embedder[1])
+            zeros.append(_linear(self.cap_embedder, 1))
         for linear in zeros:
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
@@ -326,7 +338,8 @@ class NextDiT(nn.Module):
             return PreparedConditioning(condition.extra)
         if condition.text.shape[-1] != expected:
             raise ValueError(
-                f"text features have width {condition.text.shape[-1]}; this backbone takes {expected}"
+                f"text features have width {condition.text.shape[-1]}; this backbone takes "
+                f"{expected}"
             )
         text = condition.text.to(self.x_embedder.weight.dtype)
         pooled = condition.pooled().to(text.dtype)
@@ -334,7 +347,7 @@ class NextDiT(nn.Module):
         if condition.extra is not None:
             vector = vector + condition.extra
         pairs = [
-            block.attention.text_keys_values(block.attention_y_norm(text)) for block in self.layers
+            block.attention.text_keys_values(block.attention_y_norm(text)) for block in self.blocks
         ]
         keys, values = zip(*pairs, strict=True)
         return PreparedConditioning(vector, keys, values, condition.mask)
@@ -386,7 +399,7 @@ class NextDiT(nn.Module):
         x = self.x_embedder(tokens.values.to(self.x_embedder.weight.dtype)).view(*shape, -1)
         positions = tokens.positions.view(*shape, 3)
         rotation = (rope or self.rope).rotation(positions)
-        for index, block in enumerate(self.layers):
+        for index, block in enumerate(self.blocks):
             text = None
             if condition.mask is not None:
                 text = (condition.text_keys[index], condition.text_values[index], condition.mask)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import flowsolvers
 import torch
 from torch import Tensor
 
+import flowsolvers
 from nextdit_core.conditioning import Conditioning
 from nextdit_core.engines.local import pick_device
 from nextdit_core.errors import UserError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import flowsolvers
-
 from nextdit_core.errors import UserError
 
 __all__ = ["check_sampling"]

@@ -121,9 +121,7 @@ def _check_packed(modality: Modality, latents: Sequence[torch.Tensor]) -> None:
     times = torch.linspace(0.1, 0.9, len(samples))
     with torch.no_grad():
         packed = backbone(Tokens.pack(samples), times)
-        alone = torch.cat(
-            [backbone(one, t[None]) for one, t in zip(samples, times, strict=True)]
-        )
+        alone = torch.cat([backbone(one, t[None]) for one, t in zip(samples, times, strict=True)])
     worst = float((packed - alone).abs().max())
     _check(worst <= 1e-4, f"packed with others a sample's velocity differs by {worst} from alone")
 

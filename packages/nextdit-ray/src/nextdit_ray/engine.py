@@ -102,11 +102,13 @@ def _cluster(recipe: Recipe) -> Iterator[None]:
 def _fit(recipe: Recipe, run: RunFolder, progress: Progress) -> bool:
     """Run the trainer in a thread, so that this one can show progress and hear Ctrl-C."""
     import ray
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    import ray.train
     from ray.train.torch import TorchTrainer
 
     from nextdit_ray.worker import train_worker
 
+    # An environment switch decides what ray.train exports, so a type checker sees two of each.
+    options: Any = ray.train
     resources = ray.cluster_resources()
     gpus = int(resources.get("GPU", 0))
     use_gpu = recipe.device == "cuda" or (recipe.device == "auto" and gpus >= recipe.workers)
@@ -119,13 +121,13 @@ def _fit(recipe: Recipe, run: RunFolder, progress: Progress) -> bool:
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"recipe": recipe.to_dict() | {"out": str(run.path)}},
-        scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=use_gpu),
-        run_config=RunConfig(
+        scaling_config=options.ScalingConfig(num_workers=recipe.workers, use_gpu=use_gpu),
+        run_config=options.RunConfig(
             # Ray resumes a name that it has seen; what to resume is ours to find, in `run`.
             name=f"start-{time.time_ns()}",
             storage_path=str(run.path / "ray"),
-            failure_config=FailureConfig(max_failures=recipe.max_failures),
-            logging_config=LoggingConfig(log_level="ERROR"),
+            failure_config=options.FailureConfig(max_failures=recipe.max_failures),
+            logging_config=options.LoggingConfig(log_level="ERROR"),
         ),
     )
     errors: list[BaseException] = []

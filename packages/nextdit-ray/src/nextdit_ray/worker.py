@@ -8,10 +8,11 @@ from typing import Any
 
 import ray.train
 import torch
+from ray.train.torch import get_device
+
 from nextdit_core import Recipe, UserError
 from nextdit_core.training.loop import train
 from nextdit_core.training.run_folder import RunFolder
-from ray.train.torch import get_device
 
 __all__ = ["RayRuntime", "train_worker"]
 
@@ -23,11 +24,13 @@ class RayRuntime:
         run: The run folder, where a request to stop is left.
     """
 
+    device: torch.device
+
     def __init__(self, run: RunFolder) -> None:
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
-        self.device: torch.device = get_device()
+        self.device = get_device()
         self._run = run
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:

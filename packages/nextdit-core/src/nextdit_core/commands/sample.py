@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -80,7 +80,7 @@ def sample(
     ]
     if not single:
         jobs = [job for job in jobs if not (target / _file(*job, suffix)).exists()]
-    options = {
+    options: dict[str, Any] = {
         "size": extent,
         "nfe": nfe,
         "solver": solver,
@@ -98,7 +98,7 @@ def _draw(
     pipe: Pipeline,
     jobs: Sequence[tuple[str, int, int]],
     batch: int,
-    options: dict[str, object],
+    options: dict[str, Any],
     target: Path,
     single: bool,
 ) -> int:

@@ -55,6 +55,8 @@ def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
 
 
 class _LocalRuntime:
+    device: torch.device
+
     def __init__(self, device: torch.device, progress: Progress | None) -> None:
         distributed = dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0

@@ -69,9 +69,7 @@ class ByteTextEncoder(nn.Module):
         Returns:
             Symbols `[batch, text_tokens]`, filled up to a multiple of 8, and lengths `[batch]`.
         """
-        rows = [
-            [START, *prompt.encode("utf-8")[: self.max_bytes], END] for prompt in prompts
-        ]
+        rows = [[START, *prompt.encode("utf-8")[: self.max_bytes], END] for prompt in prompts]
         width = min(-(-max(map(len, rows)) // 8) * 8, self.max_bytes + 2)
         filled = [row + [FILL] * (width - len(row)) for row in rows]
         return torch.tensor(filled), torch.tensor([len(row) for row in rows])

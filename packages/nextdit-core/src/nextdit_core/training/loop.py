@@ -38,7 +38,7 @@ __all__ = ["Ingredients", "prepare", "train"]
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What a recipe's names stand for: built before any expensive work, so that errors come early."""
+    """What a recipe's names stand for, built before any expensive work."""
 
     recipe: Recipe
     modality: Modality
@@ -195,9 +195,7 @@ def _workers(runtime: Runtime) -> list[dict[str, Any]]:
     return gathered
 
 
-def _flush(
-    pending: list[tuple[dict[str, Any], Tensor]], run: RunFolder, runtime: Runtime
-) -> bool:
+def _flush(pending: list[tuple[dict[str, Any], Tensor]], run: RunFolder, runtime: Runtime) -> bool:
     """Sum the pending losses over the ranks, write them, and agree on whether to stop."""
     stop = torch.tensor(float(runtime.stop_requested()), device=runtime.device)
     values = torch.stack([*(loss for _, loss in pending), stop])

@@ -69,7 +69,8 @@ def _fill(indices: Sequence[int], lengths: Sequence[int], budget: int) -> list[B
     for index in indices:
         if current and used + lengths[index] > budget:
             batches.append(tuple(current))
-            current, used = [], 0
+            current = []
+            used = 0
         current.append(index)
         used += lengths[index]
     return [*batches, tuple(current)] if current else batches

@@ -21,12 +21,15 @@ class Runtime(Protocol):
     Attributes:
         rank: This worker's number, from 0.
         world_size: How many workers there are.
-        device: Where this worker computes.
     """
 
     rank: int
     world_size: int
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """Where this worker computes."""
+        ...
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         """Tell the engine how far training is; every rank calls it equally often.
