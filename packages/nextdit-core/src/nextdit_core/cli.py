@@ -26,6 +26,19 @@ class _Commands(click.Group):
             raise UserError(f"command {cmd_name!r} of {origin} is not a click.Command")
         return command
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        rows = []
+        for name, part in registry.parts("nextdit.commands").items():
+            try:
+                command = self.get_command(ctx, name)
+            except UserError:
+                rows.append((name, f"({part.origin} failed to load; nextdit {name} says why)"))
+                continue
+            if command is not None and not command.hidden:
+                rows.append((name, command.get_short_help_str(formatter.width)))
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
