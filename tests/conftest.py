@@ -28,18 +28,19 @@ def root() -> Path:
 
 
 @pytest.fixture
-def nextdit(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run `nextdit` to its end, in an empty working directory."""
+def nextdit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `nextdit` in this process, to its exit code, in an empty working directory."""
+    from nextdit_core.cli import main
 
-    def run(*arguments: str, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "nextdit_core", *arguments],
-            cwd=cwd,
-            env=_environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["nextdit", *arguments])
+        with pytest.raises(SystemExit) as exited:
+            main()
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, int(exited.value.code or 0), out, err)
 
     return run
 

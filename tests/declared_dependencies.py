@@ -12,10 +12,7 @@ ROOT = Path(__file__).parents[1]
 def main() -> int:
     """Run deptry in every distribution's folder; give the number of those that fail."""
     failed = 0
-    for pyproject in sorted(ROOT.glob("packages/*/pyproject.toml")) + [
-        ROOT / "kernels" / "pyproject.toml"
-    ]:
-        folder = pyproject.parent
+    for folder in [*sorted((ROOT / "packages").iterdir()), ROOT / "kernels"]:
         found = subprocess.run(
             [sys.executable, "-m", "deptry", "src", "--no-ansi"],
             cwd=folder,
