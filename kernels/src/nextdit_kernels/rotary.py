@@ -64,7 +64,8 @@ def _turn_heads(
     p_y = y_ptr + row_y[:, None] + o_d[None, :]
     for i in range(BLOCK_H):
         h = i_h.to(tl.int64) * BLOCK_H + i
-        m_h = m & (h < H)
+        # A block, not a scalar: the interpreter of Triton 3.9 refuses a scalar in a mask.
+        m_h = m & (tl.zeros_like(o_t)[:, None] + h < H)
         x = tl.load(p_x + tl.multiple_of(h * s_h, VECTOR), mask=m_h, other=0.0)
         pairs = tl.reshape(x.to(tl.float32), (BLOCK_T, BLOCK_D // 2, 2))
         even, odd = tl.split(pairs)
