@@ -95,7 +95,7 @@ class Shapes:
     def __getitem__(self, index: int) -> Example:
         """Draw one curve."""
         name = ("circle", "spiral", "wave")[index % 3]
-        scale, phase = 0.8 + 0.4 * self.numbers[index][0], 0.5 * self.numbers[index][1]
+        scale, phase = 0.8 + 0.4 * self.numbers[index][0], 0.1 * self.numbers[index][1]
         s = torch.linspace(0, 1, self.points)
         angle = 2 * math.pi * (s + phase)
         x, y = {

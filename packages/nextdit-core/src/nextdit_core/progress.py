@@ -20,9 +20,12 @@ class Progress:
         total: How much there is to do.
         done: How much was done before.
         unit: What is counted.
+        note: Shown until the first count.
     """
 
-    def __init__(self, what: str, total: int, *, done: int = 0, unit: str = "step") -> None:
+    def __init__(
+        self, what: str, total: int, *, done: int = 0, unit: str = "step", note: str = ""
+    ) -> None:
         self.what, self.total, self.done, self.unit = what, total, done, unit
         self._begun = time.monotonic()
         self._bar: Any = None
@@ -30,8 +33,9 @@ class Progress:
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, dynamic_ncols=True)
+            self._bar.set_postfix_str(note)
         else:
-            self._line("")
+            self._line(note)
 
     def to(self, done: int, note: str = "") -> None:
         """Say how much is done by now.

@@ -58,7 +58,11 @@ class RayEngine:
         run.open(recipe)
         newest = run.newest()
         done = 0 if newest is None else step_of(newest)
-        with _cluster(recipe), Progress("training", recipe.steps, done=done) as progress:
+        starting = f"starting {recipe.workers} Ray worker{'s' * (recipe.workers > 1)}"
+        with (
+            Progress("training", recipe.steps, done=done, note=starting) as progress,
+            _cluster(recipe),
+        ):
             stopped = _fit(recipe, run, progress)
         failure = run.failure()
         if failure is not None:
