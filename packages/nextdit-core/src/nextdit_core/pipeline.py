@@ -111,9 +111,9 @@ class Pipeline:
                 raise UserError(f"{len(seed)} seeds for {len(prompts)} prompts; give one each")
             seeds = [(one, 0) for one in seed]
         plan = check_sampling(
-            solver or self.card.sampling["solver"],
-            schedule or self.card.sampling["schedule"],
-            nfe or self.card.sampling["nfe"],
+            self.card.sampling["solver"] if solver is None else solver,
+            self.card.sampling["schedule"] if schedule is None else schedule,
+            self.card.sampling["nfe"] if nfe is None else nfe,
         )
         scale = self.card.sampling["guidance"] if guidance is None else guidance
         noise = self._noise(sizes, seeds)

@@ -100,7 +100,8 @@ class LocalEngine:
         device = pick_device(recipe.device, local_rank)
         run = RunFolder(recipe.out)
         if world > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            cuda = device.type == "cuda"
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
         try:
             self._train(recipe, run, device)
         finally:

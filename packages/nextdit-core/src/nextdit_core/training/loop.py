@@ -220,7 +220,7 @@ def _last_loss(pending: list[tuple[dict[str, Any], Tensor]]) -> float:
 
 def _save(state: TrainState, parts: Ingredients, run: RunFolder, runtime: Runtime) -> Path:
     path = run.checkpoint(state.step)
-    if runtime.rank == 0 and not path.exists():
+    if runtime.rank == 0:
         with new_folder(path) as folder:
             weights = {**state.model.state_dict(), **state.average}
             write_model(folder, weights, parts.config, parts.card(state.step))

@@ -175,7 +175,13 @@ class RunFolder:
         return _read_rows(self.events_file)
 
     def rewind(self, step: int) -> None:
-        """Drop the rows of steps that a resumed run will do again."""
+        """Drop what was written of the steps after the one that a run resumes from.
+
+        A checkpoint among them is one that is incomplete: otherwise the run would resume there.
+        """
+        for folder in (self.path / CHECKPOINTS).glob("step_*"):
+            if step_of(folder) > step:
+                shutil.rmtree(folder)
         rows = [row for row in self.rows() if row["step"] <= step]
         write_text(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
 
