@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -137,22 +138,29 @@ def test_more_workers_than_this_process_has_are_refused(recipe: Make) -> None:
         train(recipe(workers=2))
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_checkpoint_before(
-    recipe: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["weights", "rows"])
+def test_a_write_that_fails_is_one_line_and_keeps_the_checkpoint_before(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
+    """The system refuses files above a size, as a full disk would; from the fifth step on."""
     run = recipe()
-    real, calls = loop.write_model, 0
+    real, calls = loop._rank_loss, 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def full(*args: Any) -> None:
+    def refuse(*args: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        if calls == 2:
-            raise OSError(28, "No space left on device")
-        real(*args)
+        if calls == 5:
+            size = 4096 if what == "weights" else 1
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        return real(*args)
 
-    monkeypatch.setattr(loop, "write_model", full)
-    with pytest.raises(UserError, match="no space left"):
-        train(run)
+    monkeypatch.setattr(loop, "_rank_loss", refuse)
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*: File too large; choose another"):
+            train(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     newest = RunFolder(run.out).newest()
     assert newest is not None
     assert newest.name == "step_00000004"

@@ -19,6 +19,7 @@ from nextdit_core.errors import UserError
 
 __all__ = [
     "MARKER",
+    "cannot_write",
     "check_complete",
     "new_file",
     "new_folder",
@@ -37,10 +38,12 @@ def write_text(path: Path, text: str) -> None:
     Args:
         path: The file.
         text: What it shall hold.
+
+    Raises:
+        UserError: The place is not writable, or the disk is full.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with new_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -89,7 +92,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         partial.rename(path)
         _to_disk(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -113,7 +116,7 @@ def new_file(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise cannot_write(path, error) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -126,7 +129,8 @@ def _to_disk(path: Path) -> None:
         os.close(handle)
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """Say why something could not be written, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"no space left to write {path}; what was saved before is intact: free some space "

@@ -10,6 +10,8 @@ complete.json                   completeness marker, written last
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -29,7 +31,16 @@ from nextdit_core.folder import check_complete, read_json, write_json, write_tex
 from nextdit_core.modality import Modality, load_modality
 from nextdit_core.text_encoders import load_text_encoder
 
-__all__ = ["FORMAT_VERSION", "ModelCard", "find_model", "load_model", "read_card", "write_model"]
+__all__ = [
+    "FORMAT_VERSION",
+    "ModelCard",
+    "find_model",
+    "load_model",
+    "load_weights",
+    "read_card",
+    "save_weights",
+    "write_model",
+]
 
 FORMAT_VERSION = 1
 CARD = "nextdit.json"
@@ -129,13 +140,13 @@ def write_model(
     """
     for part in ("backbone", "text_encoder"):
         own = {
-            name.removeprefix(f"{part}."): tensor.detach().cpu().contiguous()
+            name.removeprefix(f"{part}."): tensor
             for name, tensor in weights.items()
             if name.startswith(f"{part}.")
         }
         if own:
             (folder / part).mkdir()
-            save_file(own, folder / part / "model.safetensors", metadata={"format": "pt"})
+            save_weights(folder / part / "model.safetensors", own)
     write_json(folder / "backbone" / "config.json", config.to_dict())
     write_json(
         folder / CARD,
@@ -221,6 +232,23 @@ def load_model(
     except RuntimeError as error:
         raise UserError(f"the weights in {folder} do not fit its sizes: {error}") from error
     return model.eval().requires_grad_(False), modality, card
+
+
+def save_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: It cannot be written; safetensors has an error of its own for that.
+    """
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    try:
+        save_file(own, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number.group(1))
+        raise OSError(code, os.strerror(code), str(file)) from error
 
 
 def load_weights(file: Path, device: torch.device) -> dict[str, Tensor]:

@@ -58,6 +58,7 @@ class RayEngine:
         run.open(recipe)
         newest = run.newest()
         done = 0 if newest is None else step_of(newest)
+        run.rewind(done)
         starting = f"starting {recipe.workers} Ray worker{'s' * (recipe.workers > 1)}"
         with (
             Progress("training", recipe.steps, done=done, note=starting) as progress,

@@ -21,7 +21,7 @@ from typing import Any
 import tomli_w
 
 from nextdit_core.errors import UserError
-from nextdit_core.folder import write_text
+from nextdit_core.folder import cannot_write, write_text
 from nextdit_core.recipe import Recipe
 from nextdit_core.saved_model import CHECKPOINTS, newest_checkpoint
 
@@ -206,10 +206,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _append(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write("".join(json.dumps(row) + "\n" for row in rows))
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write("".join(json.dumps(row) + "\n" for row in rows))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise cannot_write(file, error) from error
 
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nextdit_core.errors import UserError
 from nextdit_core.flow_model import FlowModel
 from nextdit_core.folder import read_json, write_json
 from nextdit_core.recipe import OptimizerRecipe
-from nextdit_core.saved_model import load_weights
+from nextdit_core.saved_model import load_weights, save_weights
 
 __all__ = ["TrainState", "learning_rate"]
 
@@ -89,8 +88,7 @@ class TrainState:
             tensors[f"model.{name}"] = parameter.detach()
             for moment in MOMENTS:
                 tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
-        cpu = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(cpu, folder / "state.safetensors")
+        save_weights(folder / "state.safetensors", tensors)
         position = {"step": self.step, "epoch": self.epoch, "batch": self.batch}
         write_json(folder / "position.json", position)
 
