@@ -28,7 +28,10 @@ Environment = Callable[..., Path]
 
 def _uv(*arguments: str | Path) -> str:
     run = subprocess.run(
-        [sys.executable, "-m", "uv", *map(str, arguments)], capture_output=True, text=True
+        [sys.executable, "-m", "uv", *map(str, arguments)],
+        env=os.environ | {"UV_COMPILE_BYTECODE": "0"},
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr
     return run.stdout
