@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 from ray.train.torch import get_device
@@ -59,6 +60,9 @@ def train_worker(config: Mapping[str, Any]) -> None:
     run = RunFolder(recipe.out)
     if run.failure() is not None:
         return
+    # Workers of one machine with a thread per core each would wait for one another.
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    torch.set_num_threads(max(1, int(cpus)))
     try:
         train(recipe, RayRuntime(run))
     except UserError as error:
