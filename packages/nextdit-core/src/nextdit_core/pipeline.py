@@ -104,12 +104,7 @@ class Pipeline:
         if not prompts:
             raise UserError("no prompt given; give at least one")
         sizes = self._sizes(size, len(prompts))
-        seeds = [(seed, i) for i in range(len(prompts))] if isinstance(seed, int) else None
-        if seeds is None:
-            assert not isinstance(seed, int)
-            if len(seed) != len(prompts):
-                raise UserError(f"{len(seed)} seeds for {len(prompts)} prompts; give one each")
-            seeds = [(one, 0) for one in seed]
+        seeds = _seeds(seed, len(prompts))
         plan = check_sampling(
             self.card.sampling["solver"] if solver is None else solver,
             self.card.sampling["schedule"] if schedule is None else schedule,
@@ -128,11 +123,13 @@ class Pipeline:
     def _sizes(self, size: Size | Sequence[Size] | None, count: int) -> list[Size]:
         if size is None:
             return [tuple(self.modality.default_size)] * count
-        if all(isinstance(extent, int) for extent in size):
-            return [tuple(size)] * count  # type: ignore[arg-type]
-        if len(size) != count:
+        extents = [one for one in size if isinstance(one, int)]
+        if len(extents) == len(size):
+            return [tuple(extents)] * count
+        sizes = [tuple(one) for one in size if not isinstance(one, int)]
+        if len(sizes) != count:
             raise UserError(f"{len(size)} sizes for {count} prompts; give one, or one each")
-        return [tuple(one) for one in size]  # type: ignore[arg-type]
+        return sizes
 
     def _noise(self, sizes: Sequence[Size], seeds: Sequence[tuple[int, int]]) -> Tokens:
         samples = []
@@ -177,3 +174,12 @@ class Pipeline:
             return without + scale * (with_prompt - without)
 
         return velocity
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:
+    """Give each sample its seed and its place among those that share it."""
+    if isinstance(seed, int):
+        return [(seed, place) for place in range(count)]
+    if len(seed) != count:
+        raise UserError(f"{len(seed)} seeds for {count} prompts; give one each")
+    return [(one, 0) for one in seed]
