@@ -27,6 +27,11 @@ class Reference:
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for every head
         return _turn(q, cos, sin), _turn(k, cos, sin)
 
+    def rotate_half(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotate as `rotate`, with pair m in channels m and m + pairs."""
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        return _turn_halves(q, cos, sin), _turn_halves(k, cos, sin)
+
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -34,6 +39,14 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos.to(dtype), sin.to(dtype)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x.dtype)
+
+
+def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    first, second = x.to(dtype).chunk(2, dim=-1)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    turned = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return turned.to(x.dtype)
 
 
 REFERENCE = Reference()

@@ -1,0 +1,80 @@
+"""Angles: positions times frequencies, exact far from the origin."""
+
+from __future__ import annotations
+
+from ast import literal_eval
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rope3d.compile_constant import compile_constant
+
+__all__ = ["cos_sin", "matrix", "real_dtype", "spell"]
+
+#: Matrices on their device by value, `[rows, columns]`; only ever added to.
+_MATRICES: dict[str, Tensor] = {}
+
+
+# torch.compile guards a layout by one string, compared by value: no guard per frequency, and no
+# recompilation for an equal layout.
+@compile_constant
+def spell(rows: tuple[tuple[float, ...], ...]) -> str:
+    """Write a matrix as a string that reads back exactly."""
+    return repr(rows)
+
+
+def real_dtype(device: torch.device) -> torch.dtype:
+    """Name the widest real dtype of a device: float64, or float32 on MPS."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def matrix(
+    spelled: str, rows: tuple[tuple[float, ...], ...], dtype: torch.dtype, like: Tensor
+) -> Tensor:
+    """Copy rows to the device of a tensor, once per process.
+
+    Args:
+        spelled: The rows as `spell` writes them.
+        rows: Numbers of the matrix.
+        dtype: Wanted dtype.
+        like: A tensor on the wanted device.
+
+    Returns:
+        `[rows, columns]`; do not write to it.
+    """
+    if type(like) is Tensor:
+        return _MATRICES[_on_device(spelled, dtype, like.device)]
+    # A tensor subclass, such as the fake tensors of torch.export, must not be cached.
+    return torch.tensor(rows, dtype=dtype, device=like.device)
+
+
+def cos_sin(positions: Tensor, frequencies: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum position times frequency over the axes, and take cosine and sine.
+
+    A sum over axes rather than a matrix product: a token's angle then has the same bits whatever
+    else is in the batch.
+
+    Args:
+        positions: `[..., tokens, axes]`.
+        frequencies: For each axis `[pairs]`, or what broadcasts to `[..., tokens, pairs]`.
+
+    Returns:
+        Cosine and sine, `[..., tokens, pairs]`, float32.
+    """
+    dtype = frequencies[0].dtype
+    angle = positions[..., :1].to(dtype) * frequencies[0]
+    for axis in range(1, positions.shape[-1]):
+        angle = angle + positions[..., axis : axis + 1].to(dtype) * frequencies[axis]
+    return angle.cos().to(torch.float32), angle.sin().to(torch.float32)
+
+
+@compile_constant
+def _on_device(spelled: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Copy the rows to a device the first time; return the key of `_MATRICES`."""
+    key = f"{device} {dtype} {spelled}"
+    if key not in _MATRICES:
+        with torch.inference_mode(False):  # an inference tensor could not serve a later backward
+            rows = torch.tensor(literal_eval(spelled), dtype=dtype, device=device)
+            _MATRICES.setdefault(key, rows)
+    return key
