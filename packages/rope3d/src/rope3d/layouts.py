@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rope3d.rope import Pairing, Rope
 
-__all__ = ["axial", "lumina", "paper"]
+__all__ = ["axial", "lumina", "mrope", "paper"]
 
 
 def lumina(head_dim: int, base: float = 10000.0) -> Rope:
@@ -59,8 +59,7 @@ def axial(dims: Sequence[int], base: float = 10000.0, pairing: Pairing = "interl
             not positive.
 
     Source:
-        Su et al., arXiv 2104.09864, per axis; as used by Wan 2.1 (44, 42, 42) and by
-        Lumina-Image 2.0 (32, 32, 32).
+        Su et al., arXiv 2104.09864, per axis; the layouts of `model_layouts` are of this kind.
 
     >>> axial((4, 2)).frequencies
     ((1.0, 0.01, 0.0), (0.0, 0.0, 1.0))
@@ -104,6 +103,42 @@ def paper(head_dim: int, base: float = 10000.0) -> Rope:
     third = head_dim // 6
     powers = [6 * j / head_dim for j in range(1, third + 1)]
     return _owned([axis for axis in range(3) for _ in range(third)], powers * 3, 3, base)
+
+
+def mrope(sections: Sequence[int], base: float = 1000000.0) -> Rope:
+    """Share one series of frequencies among the axes, section by section (multimodal rotary).
+
+    With n = sum(sections), pair k turns by base^(-k / n), k = 0 ... n - 1; the first sections[0]
+    pairs turn with axis 0, the next sections[1] with axis 1, and so on.
+
+    Args:
+        sections: Pairs of each axis; head_dim is twice their sum.
+        base: Base of the geometric series of frequencies; positive.
+
+    Returns:
+        A layout of `len(sections)` axes, half-split.
+
+    Raises:
+        ValueError: `sections` is empty or holds a number below 1, or `base` is not positive.
+
+    Convention:
+        Axes are (time, row, column) in Qwen2-VL. The later axes turn slower, as the series is not
+        restarted; text has its index on every axis, which is then ordinary 1-D rotary.
+
+    Source:
+        Qwen2-VL, arXiv 2409.12191, and Qwen2.5-VL, arXiv 2502.13923: sections (16, 24, 24).
+
+    >>> mrope((16, 24, 24)).head_dim
+    128
+    """
+    if not sections or min(sections) < 1:
+        raise ValueError(
+            f"sections are {tuple(sections)}; expected one number of pairs >= 1 per axis, such as "
+            "(16, 24, 24) for head_dim 128"
+        )
+    owners = [axis for axis, pairs in enumerate(sections) for _ in range(pairs)]
+    powers = [k / len(owners) for k in range(len(owners))]
+    return _owned(owners, powers, len(sections), base, "half")
 
 
 def _check_head_dim(head_dim: int, multiple: int) -> None:

@@ -131,6 +131,28 @@ class Rope:
             self, frequencies=spread(self.frequencies), base=base, exponents=spread(self.exponents)
         )
 
+    def partial(self, head_dim: int) -> Rope:
+        """Turn the first channels of wider heads only (partial rotary).
+
+        Args:
+            head_dim: Channels of a head; those beyond the ones of this layout are left alone.
+
+        Returns:
+            The same rotation as a layout of `head_dim` channels.
+
+        Raises:
+            ValueError: `head_dim` is smaller than that of this layout.
+
+        >>> import rope3d
+        >>> rope3d.axial((32,), pairing="half").partial(80).head_dim
+        80
+        """
+        if head_dim < self.head_dim:
+            raise ValueError(
+                f"head_dim is {head_dim}; expected at least the {self.head_dim} of this layout"
+            )
+        return replace(self, untouched=self.untouched + head_dim - self.head_dim)
+
     def extrapolate(
         self,
         method: str,
