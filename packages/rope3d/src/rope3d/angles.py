@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from rope3d.compile_constant import compile_constant
+from rope3d.turns import split_turns, turn_angles
 
-__all__ = ["cos_sin", "matrix", "real_dtype", "spell"]
+__all__ = ["cos_sin", "exact_cos_sin", "has_float64", "matrix", "real_dtype", "spell"]
 
 #: Matrices on their device by value, `[rows, columns]`; only ever added to.
 _MATRICES: dict[str, Tensor] = {}
@@ -24,9 +25,14 @@ def spell(rows: tuple[tuple[float, ...], ...]) -> str:
     return repr(rows)
 
 
+def has_float64(device: torch.device) -> bool:
+    """Tell whether a device computes in float64; MPS does not."""
+    return device.type != "mps"
+
+
 def real_dtype(device: torch.device) -> torch.dtype:
     """Name the widest real dtype of a device: float64, or float32 on MPS."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.float64 if has_float64(device) else torch.float32
 
 
 def matrix(
@@ -47,6 +53,31 @@ def matrix(
         return _MATRICES[_on_device(spelled, dtype, like.device)]
     # A tensor subclass, such as the fake tensors of torch.export, must not be cached.
     return torch.tensor(rows, dtype=dtype, device=like.device)
+
+
+def exact_cos_sin(
+    positions: Tensor, spelled: str, rows: tuple[tuple[float, ...], ...]
+) -> tuple[Tensor, Tensor]:
+    """Take cosine and sine of position times frequency, exact far from the origin.
+
+    Args:
+        positions: `[..., tokens, axes]`.
+        spelled: The frequencies as `spell` writes them.
+        rows: The frequencies, `[axes][pairs]`.
+
+    Returns:
+        Cosine and sine, `[..., tokens, pairs]`, float32.
+    """
+    # One CPU thread, torch 2.13: 2.2 ms against 2.1 ms in turns for lumina(72) at 4096 tokens,
+    # 25 ms against 49 ms for wan() at 16384. So turns serve only where float64 is missing.
+    if has_float64(positions.device):
+        return cos_sin(positions, matrix(spelled, rows, torch.float64, positions))
+    if type(positions) is Tensor:
+        turns = _MATRICES[_on_device(spelled, None, positions.device)]
+    else:
+        turns = split_turns(torch.tensor(rows, dtype=torch.float64)).to(positions.device)
+    angle = turn_angles(positions.to(torch.float32), turns)
+    return angle.cos(), angle.sin()
 
 
 def cos_sin(positions: Tensor, frequencies: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -70,11 +101,12 @@ def cos_sin(positions: Tensor, frequencies: Tensor | Sequence[Tensor]) -> tuple[
 
 
 @compile_constant
-def _on_device(spelled: str, dtype: torch.dtype, device: torch.device) -> str:
-    """Copy the rows to a device the first time; return the key of `_MATRICES`."""
+def _on_device(spelled: str, dtype: torch.dtype | None, device: torch.device) -> str:
+    """Copy the rows to a device the first time, None as turns; return the key of `_MATRICES`."""
     key = f"{device} {dtype} {spelled}"
     if key not in _MATRICES:
         with torch.inference_mode(False):  # an inference tensor could not serve a later backward
-            rows = torch.tensor(literal_eval(spelled), dtype=dtype, device=device)
-            _MATRICES.setdefault(key, rows)
+            rows = torch.tensor(literal_eval(spelled), dtype=torch.float64)
+            rows = split_turns(rows) if dtype is None else rows.to(dtype)
+            _MATRICES.setdefault(key, rows.to(device))
     return key

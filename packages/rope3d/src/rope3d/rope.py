@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rope3d import extrapolation
-from rope3d.angles import cos_sin, matrix, real_dtype, spell
+from rope3d.angles import exact_cos_sin, spell
 from rope3d.rotation import Pairing, Rotation
 from rope3d.timed_rope import TimedRope
 
@@ -260,8 +260,8 @@ class Rope:
     def rotation(self, positions: Tensor, t: Tensor | float | None = None) -> Rotation:
         """Turn positions into the cosine and sine of each pair's angle.
 
-        Nothing is read back from the device. Angles are computed in float64 (float32 on MPS,
-        which has no float64), so that they stay exact at large positions.
+        Nothing is read back from the device. Angles are computed in float64, or on MPS, which
+        has none, in turns (see `turns`), so that they stay exact at large positions.
 
         Args:
             positions: `[..., tokens, axes]`, any real dtype; fractions are allowed.
@@ -278,21 +278,8 @@ class Rope:
         torch.Size([5, 4])
         """
         self.check_positions(positions)
-        dtype = real_dtype(positions.device)
-        cos, sin = cos_sin(positions, self.matrix(dtype, positions))
+        cos, sin = exact_cos_sin(positions, self._spelled, self.frequencies)
         return Rotation(cos, sin, self.pairing, self.untouched)
-
-    def matrix(self, dtype: torch.dtype, like: Tensor) -> Tensor:
-        """Give the frequencies on the device of a tensor, copied there once.
-
-        Args:
-            dtype: Wanted dtype.
-            like: A tensor on the wanted device.
-
-        Returns:
-            `[axes, pairs]`; do not write to it.
-        """
-        return matrix(self._spelled, self.frequencies, dtype, like)
 
     def check_positions(self, positions: Tensor) -> None:
         """Refuse positions that do not end in `[tokens, axes]`.
