@@ -25,7 +25,8 @@ class Reference:
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate `[..., tokens, heads, 2 * pairs]` by `[..., tokens, pairs]`."""
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for every head
-        return _turn(q, cos, sin), _turn(k, cos, sin)
+        turn = _turn_complex if _multiplies_complex(q) and _multiplies_complex(k) else _turn
+        return turn(q, cos, sin), turn(k, cos, sin)
 
     def rotate_half(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate as `rotate`, with pair m in channels m and m + pairs."""
@@ -38,6 +39,25 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos.to(dtype), sin.to(dtype)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def _multiplies_complex(x: Tensor) -> bool:
+    """Tell whether complex numbers are the faster way: eagerly on the CPU.
+
+    Inductor fuses real arithmetic and not complex, and subclasses of Tensor may lack the views.
+    `benchmarks/apply_cpu.py` measures what this gains.
+    """
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def _turn_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = x.to(dtype)
+    if wide.stride(-1) != 1 or wide.storage_offset() % 2 or any(s % 2 for s in wide.stride()[:-1]):
+        wide = wide.contiguous()  # a complex number is two neighbours at an even place
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * torch.complex(cos.to(dtype), sin.to(dtype)))
     return turned.flatten(-2).to(x.dtype)
 
 
