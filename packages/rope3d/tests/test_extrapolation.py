@@ -260,6 +260,9 @@ def test_yarn_scale_is_the_temperature() -> None:
         (lambda r: rope3d.Rope(r.frequencies, r.base[:1], r.exponents), "1 bases"),
         (lambda r: rope3d.Rope(r.frequencies, (9.0, 9.0), r.exponents), "not base"),
         (lambda r: rope3d.TimedRope(rope3d.Rope(((1.0,),)), "time-aware", (2.0,)), "no exponents"),
+        (lambda r: rope3d.TimedRope(r, "ntk", (2.0, 2.0)), "method is 'ntk'"),
+        (lambda r: rope3d.TimedRope(r, "time-aware", (2.0,)), "expected 2 numbers"),
+        (lambda r: rope3d.TimedRope(r, "time-aware", (2.0, 0.5)), "expected 2 numbers"),
         (lambda r: rope3d.yarn_scale(0.5, 64), "at least 1"),
     ],
 )

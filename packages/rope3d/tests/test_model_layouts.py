@@ -67,7 +67,10 @@ def test_partial_rotary_leaves_the_rest(pairing) -> None:
     rope = part.partial(12).partial(20)
     assert rope.head_dim == 20
     assert rope == part.partial(20)
-    assert rope.extrapolate("ntk", scale=2.0).head_dim == 20
+    for method in ("ntk", "time-aware"):
+        before = rope.extrapolate(method, scale=2.0)
+        assert before == part.extrapolate(method, scale=2.0).partial(20)
+        assert before.head_dim == 20
     q, k = torch.randn(5, 3, 20), torch.randn(5, 1, 20)
     positions = torch.randn(5, 1)
     turned = rope3d.apply(q, k, rope, positions)

@@ -199,6 +199,21 @@ def test_compiles_for_any_number_of_tokens() -> None:
     assert counter.frame_count == 1
 
 
+def test_several_new_layouts_compile_in_one_graph() -> None:
+    torch._dynamo.reset()
+    ropes = [rope3d.lumina(8, base=base) for base in (31.0, 32.0, 33.0)]
+    ropes.append(ropes[0].extrapolate("time-aware", scale=2.0))
+
+    def turn(q, positions, t):
+        for rope in ropes:
+            q, _ = rope3d.apply(q, q, rope, positions, t=t)
+        return q
+
+    q, positions, t = torch.randn(5, 1, 8), torch.randn(5, 2), torch.tensor(0.5)
+    ours = torch.compile(turn, backend="eager", fullgraph=True)(q, positions, t)
+    torch.testing.assert_close(ours, turn(q, positions, t), atol=4e-6, rtol=0)
+
+
 def test_compiles_with_the_eager_backend_and_a_named_one() -> None:
     torch._dynamo.reset()
     q, rotation = torch.randn(5, 4, 8), rope3d.lumina(8).rotation(torch.randn(5, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ast import literal_eval
 from collections.abc import Sequence
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -13,8 +14,16 @@ from rope3d.turns import split_turns, turn_angles
 
 __all__ = ["cos_sin", "exact_cos_sin", "has_float64", "matrix", "real_dtype", "spell"]
 
-#: Matrices on their device by value, `[rows, columns]`; only ever added to.
-_MATRICES: dict[str, Tensor] = {}
+
+class _Matrices:
+    """Matrices on their device, `[rows, columns]`, as attributes; only ever added to.
+
+    Attributes rather than a dictionary: torch.compile looks each up when it meets it, and so sees
+    those that were added since it began to trace.
+    """
+
+
+_MATRICES = _Matrices()
 
 
 # torch.compile guards a layout by one string, compared by value: no guard per frequency, and no
@@ -50,7 +59,7 @@ def matrix(
         `[rows, columns]`; do not write to it.
     """
     if type(like) is Tensor:
-        return _MATRICES[_on_device(spelled, dtype, like.device)]
+        return getattr(_MATRICES, _on_device(spelled, dtype, like.device))
     # A tensor subclass, such as the fake tensors of torch.export, must not be cached.
     return torch.tensor(rows, dtype=dtype, device=like.device)
 
@@ -73,7 +82,7 @@ def exact_cos_sin(
     if has_float64(positions.device):
         return cos_sin(positions, matrix(spelled, rows, torch.float64, positions))
     if type(positions) is Tensor:
-        turns = _MATRICES[_on_device(spelled, None, positions.device)]
+        turns = getattr(_MATRICES, _on_device(spelled, None, positions.device))
     else:
         turns = split_turns(torch.tensor(rows, dtype=torch.float64)).to(positions.device)
     angle = turn_angles(positions.to(torch.float32), turns)
@@ -102,11 +111,12 @@ def cos_sin(positions: Tensor, frequencies: Tensor | Sequence[Tensor]) -> tuple[
 
 @compile_constant
 def _on_device(spelled: str, dtype: torch.dtype | None, device: torch.device) -> str:
-    """Copy the rows to a device the first time, None as turns; return the key of `_MATRICES`."""
-    key = f"{device} {dtype} {spelled}"
-    if key not in _MATRICES:
+    """Copy the rows to a device the first time, None as turns; name their attribute."""
+    name = "m" + blake2b(f"{device} {dtype} {spelled}".encode(), digest_size=16).hexdigest()
+    matrices = vars(_MATRICES)
+    if name not in matrices:
         with torch.inference_mode(False):  # an inference tensor could not serve a later backward
             rows = torch.tensor(literal_eval(spelled), dtype=torch.float64)
             rows = split_turns(rows) if dtype is None else rows.to(dtype)
-            _MATRICES.setdefault(key, rows.to(device))
-    return key
+            matrices.setdefault(name, rows.to(device))
+    return name

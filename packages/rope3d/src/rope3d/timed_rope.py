@@ -38,7 +38,8 @@ class TimedRope:
         watershed: Where "time-aware-watershed" switches.
 
     Raises:
-        ValueError: `rope` does not know its exponents.
+        ValueError: `rope` does not know its exponents, the method is not one of these two, or
+            `scale` does not hold one number >= 1 per axis.
 
     Convention:
         t = 0 is noise and t = 1 is data. Early steps interpolate positions (global structure),
@@ -61,6 +62,13 @@ class TimedRope:
     def __post_init__(self) -> None:
         """Take logarithms once, and spell the numbers for torch.compile."""
         rows = (*self.rope.frequencies, *self._exponents)
+        if self.method not in ("time-aware", "time-aware-watershed"):
+            raise ValueError(
+                f"method is {self.method!r}; expected 'time-aware' or 'time-aware-watershed'; "
+                "`Rope.extrapolate` offers the others"
+            )
+        if len(self.scale) != self.axes or not all(1.0 <= s < math.inf for s in self.scale):
+            raise ValueError(f"scale is {self.scale}; expected {self.axes} numbers >= 1")
         object.__setattr__(self, "_shrink", tuple(-math.log(s) for s in self.scale))
         object.__setattr__(self, "_spelled", spell(rows))
 
@@ -85,6 +93,10 @@ class TimedRope:
         scales = dict(zip(axes, self.scale, strict=True))
         scale = tuple(scales.get(column, 1.0) for column in range(columns))
         return TimedRope(rope, self.method, scale, self.watershed)
+
+    def partial(self, head_dim: int) -> TimedRope:
+        """Turn the first channels of wider heads only, as `Rope.partial`."""
+        return TimedRope(self.rope.partial(head_dim), self.method, self.scale, self.watershed)
 
     def frequencies_at(self, t: Tensor | float | None = None) -> Tensor:
         """Compute the frequencies at given timesteps.
@@ -151,7 +163,6 @@ class TimedRope:
     def _rows(self, t: Tensor) -> list[Tensor]:
         """Frequencies of each axis, `[..., pairs]`, at t `[..., 1]`."""
         dtype = real_dtype(t.device)
-        # One matrix for both: torch.compile sees at most one new entry of the cache per graph.
         rows = (*self.rope.frequencies, *self._exponents)
         theta, e = matrix(self._spelled, rows, dtype, t).chunk(2)
         t = t.to(dtype)
