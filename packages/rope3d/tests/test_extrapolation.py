@@ -195,6 +195,17 @@ def test_one_compilation_serves_all_times_resolutions_and_scales(method) -> None
     assert counter.frame_count == 1
 
 
+def test_no_resolution_is_mistaken_for_the_size_of_a_table() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(rope3d.apply, backend=counter, fullgraph=True, dynamic=True)
+    rope = rope3d.lumina(72).extrapolate("time-aware", scale=2.0)  # its table is [4, 36]
+    for height, width in ((4, 9), (2, 18), (36, 2), (6, 6), (5, 7)):
+        q, t = torch.randn(2, height * width, 3, 72), torch.rand(2)
+        compiled(q, q, rope, rope3d.grid(height=height, width=width), t=t)
+    assert counter.frame_count == 1
+
+
 def test_values_stay_values() -> None:
     rope = rope3d.lumina(24)
     timed = rope.extrapolate("time-aware", scale=2)

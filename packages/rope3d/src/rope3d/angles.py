@@ -9,7 +9,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from rope3d.compile_constant import compile_constant
+from rope3d.compile_constant import compile_constant, static_sizes
 from rope3d.turns import split_turns, turn_angles
 
 __all__ = ["cos_sin", "exact_cos_sin", "has_float64", "matrix", "real_dtype", "spell"]
@@ -118,5 +118,5 @@ def _on_device(spelled: str, dtype: torch.dtype | None, device: torch.device) ->
         with torch.inference_mode(False):  # an inference tensor could not serve a later backward
             rows = torch.tensor(literal_eval(spelled), dtype=torch.float64)
             rows = split_turns(rows) if dtype is None else rows.to(dtype)
-            matrices.setdefault(name, rows.to(device))
+            matrices.setdefault(name, static_sizes(rows.to(device)))
     return name

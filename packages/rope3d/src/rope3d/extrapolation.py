@@ -1,11 +1,13 @@
 """Context extrapolation: how fast the pairs turn beyond the length that a model was trained at.
 
-Every method divides a frequency by a part of the scale, so that with s = target / trained length
+With s = target / trained length, interpolation and the methods that change the base divide a
+frequency by a part of the scale:
 
-    theta' = theta * s^(-share),  share in [0, 1],
+    theta' = theta * s^(-share),  share in [0, 1]
 
-where share 0 keeps the frequency and share 1 is position interpolation. Nothing overflows in this
-form. With theta = base^(-e), multiplying the base by s^p is a share of p * e.
+Share 0 keeps the frequency and share 1 is position interpolation. With theta = base^(-e),
+multiplying the base by s^p is a share of p * e, and the maximum with theta / s is the limit 1;
+nothing overflows in this form. "yarn" blends the two ends instead, and "riflex" moves one pair.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import math
 from collections.abc import Sequence
 from difflib import get_close_matches
 
-__all__ = ["METHODS", "RIFLEX_MARGIN", "TIMED", "Rows", "per_axis", "scaled", "yarn_scale"]
+__all__ = ["METHODS", "RIFLEX_MARGIN", "TIMED", "Rows", "check", "per_axis", "scaled", "yarn_scale"]
 
 Rows = tuple[tuple[float, ...], ...]
 
@@ -136,7 +138,8 @@ def yarn_scale(scale: float, head_dim: int) -> float:
         ValueError: `scale` is below 1, or `head_dim` below 1.
 
     Source:
-        YaRN, arXiv 2309.00071, eq. 22, for language models; there it multiplies q and k each.
+        YaRN, arXiv 2309.00071, fitted to language models: sqrt(1 / t) = 0.1 ln s + 1, which there
+        multiplies q and k each.
 
     >>> yarn_scale(1.0, 64)
     0.125
