@@ -1,7 +1,6 @@
 """Layouts against closed forms and the released tables."""
 
 import math
-import os
 import threading
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 
 import rope3d
-from rope3d import layouts
+from rope3d import angles
 
 LAYOUTS = {
     "lumina": rope3d.lumina(24),
@@ -18,16 +17,6 @@ LAYOUTS = {
     "paper": rope3d.paper(24),
     "on-axes": rope3d.lumina(24).on_axes(3, (1, 2)),
 }
-
-
-@pytest.fixture
-def golden() -> Path:
-    named = os.environ.get("NEXTDIT_GOLDEN")
-    places = [Path(named)] if named else [p / "shared/golden" for p in Path(__file__).parents]
-    found = [place for place in places if (place / "rope_tables_hd32.safetensors").exists()]
-    if not found:
-        pytest.skip("no golden tensors: set NEXTDIT_GOLDEN to the folder that holds them")
-    return found[0]
 
 
 def test_lumina_equals_the_released_table(golden: Path) -> None:
@@ -92,7 +81,7 @@ def test_a_token_has_the_same_bits_alone_and_in_a_batch() -> None:
 def test_frequencies_reach_a_device_once_even_from_many_threads() -> None:
     rope = rope3d.lumina(16, base=123.0)
     expected = rope.rotation(torch.ones(3, 2)).cos
-    before = dict(layouts._MATRICES)
+    before = dict(vars(angles._MATRICES))
     results = []
     threads = [
         threading.Thread(target=lambda: results.append(rope.rotation(torch.ones(3, 2)).cos))
@@ -104,8 +93,8 @@ def test_frequencies_reach_a_device_once_even_from_many_threads() -> None:
         thread.join()
     assert len(results) == 8
     assert all(torch.equal(result, expected) for result in results)
-    assert layouts._MATRICES.keys() == before.keys()
-    assert all(layouts._MATRICES[key] is matrix for key, matrix in before.items())
+    assert vars(angles._MATRICES).keys() == before.keys()
+    assert all(vars(angles._MATRICES)[key] is matrix for key, matrix in before.items())
 
 
 def test_first_use_in_inference_mode_leaves_training_possible() -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 import rope3d
+from rope3d import reference
 
 LAYOUTS = {
     "lumina": rope3d.lumina(24),
@@ -102,8 +103,30 @@ def test_strides_do_not_matter_and_inputs_are_unchanged() -> None:
         before = x.clone()
         turned = rope3d.apply(x, x, rope, positions)
         dense = rope3d.apply(x.contiguous(), x.contiguous(), rope, positions)
-        assert torch.equal(turned[0], dense[0])
+        torch.testing.assert_close(turned[0], dense[0], atol=1e-6, rtol=0)
         assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 6, 4, 24), (6, 4, 24), (1, 6, 1, 2), (2, 6, 0, 24)])
+def test_complex_and_real_arithmetic_agree(dtype, shape) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(shape, generator=generator).mul(2).sub(1).to(dtype)
+    angle = torch.rand(6, 1, shape[-1] // 2, generator=generator) * 7
+    real = reference._turn(x, angle.cos(), angle.sin())
+    ours = reference._turn_complex(x, angle.cos(), angle.sin())
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours, real, atol=1e-6, rtol=torch.finfo(dtype).eps)
+
+
+def test_slices_of_one_projection_and_odd_places() -> None:
+    rope, positions = rope3d.lumina(24), rope3d.grid(height=2, width=3)
+    q, k, _ = torch.randn(2, 6, 8 * 24).unflatten(-1, (8, 24)).split((4, 2, 2), dim=2)
+    odd = torch.randn(2, 6, 1 + 4 * 24)[..., 1:].unflatten(-1, (4, 24))  # starts at an odd place
+    for x in (q, k, odd):
+        ours = rope3d.apply(x, x, rope, positions)[0]
+        dense = rope3d.apply(x.clone(), x.clone(), rope, positions)[0]
+        torch.testing.assert_close(ours, dense, atol=1e-6, rtol=0)
 
 
 def test_packed_equals_samples_alone() -> None:
@@ -148,7 +171,7 @@ def test_compiles_whole_and_once_for_all_positions() -> None:
         q, k, positions = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8), torch.randn(5, 2)
         ours = compiled(q, k, rope, positions)
         for left, right in zip(ours, rope3d.apply(q, k, rope, positions), strict=True):
-            assert torch.equal(left, right)
+            torch.testing.assert_close(left, right, atol=1e-6, rtol=0)
     assert counter.frame_count == 1
 
 
@@ -159,9 +182,8 @@ def test_an_equal_layout_recompiles_nothing_and_another_is_not_confused_with_it(
     q, positions = torch.randn(5, 1, 8), torch.randn(5, 2)
     for base, graphs in ((10.0, 1), (10.0, 1), (20.0, 2), (10.0, 2)):
         rope = rope3d.lumina(8, base=base)
-        assert torch.equal(
-            compiled(q, q, rope, positions)[0], rope3d.apply(q, q, rope, positions)[0]
-        )
+        ours, eager = compiled(q, q, rope, positions)[0], rope3d.apply(q, q, rope, positions)[0]
+        torch.testing.assert_close(ours, eager, atol=1e-6, rtol=0)
         assert counter.frame_count == graphs
 
 
@@ -172,10 +194,24 @@ def test_compiles_for_any_number_of_tokens() -> None:
     rope = rope3d.lumina(8)
     for tokens in (5, 9, 6, 17):
         q, positions = torch.randn(2, tokens, 3, 8), torch.randn(tokens, 2)
-        assert torch.equal(
-            compiled(q, q, rope, positions)[0], rope3d.apply(q, q, rope, positions)[0]
-        )
+        ours, eager = compiled(q, q, rope, positions)[0], rope3d.apply(q, q, rope, positions)[0]
+        torch.testing.assert_close(ours, eager, atol=1e-6, rtol=0)
     assert counter.frame_count == 1
+
+
+def test_several_new_layouts_compile_in_one_graph() -> None:
+    torch._dynamo.reset()
+    ropes = [rope3d.lumina(8, base=base) for base in (31.0, 32.0, 33.0)]
+    ropes.append(ropes[0].extrapolate("time-aware", scale=2.0))
+
+    def turn(q, positions, t):
+        for rope in ropes:
+            q, _ = rope3d.apply(q, q, rope, positions, t=t)
+        return q
+
+    q, positions, t = torch.randn(5, 1, 8), torch.randn(5, 2), torch.tensor(0.5)
+    ours = torch.compile(turn, backend="eager", fullgraph=True)(q, positions, t)
+    torch.testing.assert_close(ours, turn(q, positions, t), atol=4e-6, rtol=0)
 
 
 def test_compiles_with_the_eager_backend_and_a_named_one() -> None:
@@ -184,7 +220,8 @@ def test_compiles_with_the_eager_backend_and_a_named_one() -> None:
     for name in (None, "reference"):
         compiled = torch.compile(rope3d.rotate, backend="eager", fullgraph=True)
         ours = compiled(q, q, rotation, backend=name)
-        assert torch.equal(ours[0], rope3d.rotate(q, q, rotation)[0])
+        eager = rope3d.rotate(q, q, rotation)
+        torch.testing.assert_close(ours[0], eager[0], atol=1e-6, rtol=0)
 
 
 def test_exports() -> None:

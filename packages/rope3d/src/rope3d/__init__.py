@@ -3,10 +3,15 @@
 from importlib.metadata import version
 
 from rope3d.backends import Backend, explain
-from rope3d.layouts import Rope, axial, lumina, paper
+from rope3d.extrapolation import yarn_scale
+from rope3d.layouts import axial, lumina, mrope, paper
+from rope3d.model_layouts import cogvideox, flux, hunyuan_video, lumina2, wan
 from rope3d.positions import grid, pack
+from rope3d.rope import Rope
 from rope3d.rotation import Rotation, apply, rotate
 from rope3d.softmax_attention import attention
+from rope3d.timed_rope import TimedRope
+from rope3d.wavelength_plot import plot_wavelengths, wavelengths
 
 __version__ = version("rope3d")
 
@@ -14,14 +19,24 @@ __all__ = [
     "Backend",
     "Rope",
     "Rotation",
+    "TimedRope",
     "__version__",
     "apply",
     "attention",
     "axial",
+    "cogvideox",
     "explain",
+    "flux",
     "grid",
+    "hunyuan_video",
     "lumina",
+    "lumina2",
+    "mrope",
     "pack",
     "paper",
+    "plot_wavelengths",
     "rotate",
+    "wan",
+    "wavelengths",
+    "yarn_scale",
 ]

@@ -2,160 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from ast import literal_eval
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+from rope3d.rope import Pairing, Rope
 
-from rope3d.compile_constant import compile_constant
-from rope3d.rotation import Rotation
-
-__all__ = ["Rope", "axial", "lumina", "paper"]
-
-#: Frequencies on their device, `[axes, pairs]`, by layout; only ever added to.
-_MATRICES: dict[str, Tensor] = {}
-
-
-@dataclass(frozen=True)
-class Rope:
-    """A rotary layout as data: one frequency for each axis and each pair of channels.
-
-    angle[token, pair] = sum over axes of position[token, axis] * frequencies[axis][pair]
-
-    An axis that does not turn a pair has frequency 0 there. A pair whose frequencies are all 0
-    is left as it is (partial rotary).
-
-    Args:
-        frequencies: One row per axis, one number per pair; radians per unit of position.
-
-    Raises:
-        ValueError: There is no row, rows differ in length or are empty, or a frequency is not
-            finite.
-
-    Convention:
-        Adjacent channels `(2m, 2m + 1)` form pair m, turned as the complex number
-        `x[2m] + i x[2m + 1]` by `exp(i angle)`.
-
-    Source:
-        Su et al., RoFormer, arXiv 2104.09864, eq. 34; here with a sum over axes, which contains
-        the axis-wise layouts and the mixed one of rope-vit (arXiv 2403.13298).
-
-    >>> Rope(((1.0, 0.0), (0.0, 1.0))).rotation(torch.zeros(5, 2)).cos.shape
-    torch.Size([5, 2])
-    """
-
-    frequencies: tuple[tuple[float, ...], ...]
-    _spelled: str = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        """Check that the rows form a matrix of finite numbers."""
-        widths = [len(row) for row in self.frequencies]
-        if not widths or min(widths) == 0 or len(set(widths)) > 1:
-            raise ValueError(
-                f"frequencies have rows of lengths {widths}; expected at least one row, all of the "
-                "same length >= 1; give one row per axis with 0.0 where an axis turns no pair"
-            )
-        if not all(math.isfinite(value) for row in self.frequencies for value in row):
-            raise ValueError("frequencies hold a value that is not finite; remove inf and nan")
-        object.__setattr__(self, "_spelled", _spell(self.frequencies))
-
-    @property
-    def axes(self) -> int:
-        """How many columns the positions must have."""
-        return len(self.frequencies)
-
-    @property
-    def head_dim(self) -> int:
-        """Channels of a head: two per pair."""
-        return 2 * len(self.frequencies[0])
-
-    def on_axes(self, columns: int, axes: Sequence[int]) -> Rope:
-        """Read the axes of this layout from chosen columns of wider positions.
-
-        Args:
-            columns: How many columns the positions have.
-            axes: For each axis of this layout, the column that holds it.
-
-        Returns:
-            The same rotation as a layout of `columns` axes; the other columns turn nothing.
-
-        Raises:
-            ValueError: `axes` does not name one column in `[0, columns)` per axis, or names one
-                twice.
-
-        >>> lumina(72).on_axes(3, (1, 2)).axes
-        3
-        """
-        if len(axes) != self.axes or len(set(axes)) != len(axes):
-            raise ValueError(
-                f"axes are {tuple(axes)}; expected {self.axes} different columns, "
-                "one for each axis of this layout"
-            )
-        if not all(0 <= axis < columns for axis in axes):
-            raise ValueError(
-                f"axes are {tuple(axes)}; expected each in [0, {columns}); "
-                "raise `columns` or lower the axis"
-            )
-        still = (0.0,) * len(self.frequencies[0])
-        rows = dict(zip(axes, self.frequencies, strict=True))
-        return Rope(tuple(rows.get(column, still) for column in range(columns)))
-
-    def rotation(self, positions: Tensor) -> Rotation:
-        """Turn positions into the cosine and sine of each pair's angle.
-
-        Nothing is read back from the device. Angles are computed in float64 (float32 on MPS,
-        which has no float64), so that they stay exact at large positions.
-
-        Args:
-            positions: `[..., tokens, axes]`, any real dtype; fractions are allowed.
-
-        Returns:
-            The rotation, `[..., tokens, pairs]`.
-
-        Raises:
-            ValueError: `positions` does not end in `[tokens, axes]`.
-
-        >>> lumina(8).rotation(torch.zeros(5, 2)).cos.shape
-        torch.Size([5, 4])
-        """
-        if positions.ndim < 2 or positions.shape[-1] != self.axes:
-            raise ValueError(
-                f"positions have shape {tuple(positions.shape)}; expected "
-                f"[..., tokens, {self.axes}]; for wider positions choose columns with `on_axes`"
-            )
-        dtype = torch.float32 if positions.device.type == "mps" else torch.float64
-        if type(positions) is Tensor:
-            matrix = _MATRICES[_on_device(self._spelled, dtype, positions.device)]
-        else:  # a tensor subclass, such as the fake tensors of torch.export, must not be cached
-            matrix = torch.tensor(self.frequencies, dtype=dtype, device=positions.device)
-        # A sum over axes rather than a matrix product: a token's angle then has the same bits
-        # whatever else is in the batch.
-        angle = positions[..., :1].to(dtype) * matrix[0]
-        for axis in range(1, self.axes):
-            angle = angle + positions[..., axis : axis + 1].to(dtype) * matrix[axis]
-        return Rotation(angle.cos().to(torch.float32), angle.sin().to(torch.float32))
-
-
-# torch.compile guards a layout by one string, compared by value: no guard per frequency, and no
-# recompilation for an equal layout.
-@compile_constant
-def _spell(frequencies: tuple[tuple[float, ...], ...]) -> str:
-    """Write the frequencies as a string that reads back exactly."""
-    return repr(frequencies)
-
-
-@compile_constant
-def _on_device(spelled: str, dtype: torch.dtype, device: torch.device) -> str:
-    """Copy the frequencies to a device the first time; return the key of `_MATRICES`."""
-    key = f"{device} {dtype} {spelled}"
-    if key not in _MATRICES:
-        with torch.inference_mode(False):  # an inference tensor could not serve a later backward
-            matrix = torch.tensor(literal_eval(spelled), dtype=dtype, device=device)
-            _MATRICES.setdefault(key, matrix)
-    return key
+__all__ = ["axial", "lumina", "mrope", "paper"]
 
 
 def lumina(head_dim: int, base: float = 10000.0) -> Rope:
@@ -183,13 +34,12 @@ def lumina(head_dim: int, base: float = 10000.0) -> Rope:
     ((1.0, 0.0, 0.01, 0.0), (0.0, 1.0, 0.0, 0.01))
     """
     _check_head_dim(head_dim, 4)
-    series = _series(head_dim // 4, 4 / head_dim, base)
-    row = tuple(value for frequency in series for value in (frequency, 0.0))
-    column = tuple(value for frequency in series for value in (0.0, frequency))
-    return Rope((row, column))
+    powers = [4 * k / head_dim for k in range(head_dim // 4)]
+    owners = (0, 1) * len(powers)
+    return _owned(owners, [power for power in powers for _ in range(2)], 2, base)
 
 
-def axial(dims: Sequence[int], base: float = 10000.0) -> Rope:
+def axial(dims: Sequence[int], base: float = 10000.0, pairing: Pairing = "interleaved") -> Rope:
     """Give each axis its own block of channels, one block after another.
 
     Pair k of block j turns with axis j and frequency base^(-2k / dims[j]),
@@ -199,6 +49,7 @@ def axial(dims: Sequence[int], base: float = 10000.0) -> Rope:
         dims: Channels of each axis, each positive and even; their sum is the head dimension.
             One entry is ordinary 1-D rotary.
         base: Base of the geometric series of frequencies; positive.
+        pairing: Which channels form a pair, as in `Rope`.
 
     Returns:
         A layout of `len(dims)` axes.
@@ -208,8 +59,7 @@ def axial(dims: Sequence[int], base: float = 10000.0) -> Rope:
             not positive.
 
     Source:
-        Su et al., arXiv 2104.09864, per axis; as used by Wan 2.1 (44, 42, 42) and by
-        Lumina-Image 2.0 (32, 32, 32).
+        Su et al., arXiv 2104.09864, per axis; the layouts of `model_layouts` are of this kind.
 
     >>> axial((4, 2)).frequencies
     ((1.0, 0.01, 0.0), (0.0, 0.0, 1.0))
@@ -219,7 +69,9 @@ def axial(dims: Sequence[int], base: float = 10000.0) -> Rope:
             f"dims are {tuple(dims)}; expected one positive even number of channels per axis; "
             "two channels make a pair, so round each to a multiple of 2"
         )
-    return _blocks([_series(dim // 2, 2 / dim, base) for dim in dims])
+    owners = [axis for axis, dim in enumerate(dims) for _ in range(dim // 2)]
+    powers = [2 * k / dim for dim in dims for k in range(dim // 2)]
+    return _owned(owners, powers, len(dims), base, pairing)
 
 
 def paper(head_dim: int, base: float = 10000.0) -> Rope:
@@ -248,8 +100,45 @@ def paper(head_dim: int, base: float = 10000.0) -> Rope:
     [0.01, 0.0001, 0.0, 0.0, 0.0, 0.0]
     """
     _check_head_dim(head_dim, 6)
-    series = _series(head_dim // 6, 6 / head_dim, base, first=1)
-    return _blocks([series, series, series])
+    third = head_dim // 6
+    powers = [6 * j / head_dim for j in range(1, third + 1)]
+    return _owned([axis for axis in range(3) for _ in range(third)], powers * 3, 3, base)
+
+
+def mrope(sections: Sequence[int], base: float = 1000000.0) -> Rope:
+    """Share one series of frequencies among the axes, section by section (multimodal rotary).
+
+    With n = sum(sections), pair k turns by base^(-k / n), k = 0 ... n - 1; the first sections[0]
+    pairs turn with axis 0, the next sections[1] with axis 1, and so on.
+
+    Args:
+        sections: Pairs of each axis; head_dim is twice their sum.
+        base: Base of the geometric series of frequencies; positive.
+
+    Returns:
+        A layout of `len(sections)` axes, half-split.
+
+    Raises:
+        ValueError: `sections` is empty or holds a number below 1, or `base` is not positive.
+
+    Convention:
+        Axes are (time, row, column) in Qwen2-VL. The later axes turn slower, as the series is not
+        restarted; text has its index on every axis, which is then ordinary 1-D rotary.
+
+    Source:
+        Qwen2-VL, arXiv 2409.12191, and Qwen2.5-VL, arXiv 2502.13923: sections (16, 24, 24).
+
+    >>> mrope((16, 24, 24)).head_dim
+    128
+    """
+    if not sections or min(sections) < 1:
+        raise ValueError(
+            f"sections are {tuple(sections)}; expected one number of pairs >= 1 per axis, such as "
+            "(16, 24, 24) for head_dim 128"
+        )
+    owners = [axis for axis, pairs in enumerate(sections) for _ in range(pairs)]
+    powers = [k / len(owners) for k in range(len(owners))]
+    return _owned(owners, powers, len(sections), base, "half")
 
 
 def _check_head_dim(head_dim: int, multiple: int) -> None:
@@ -260,21 +149,25 @@ def _check_head_dim(head_dim: int, multiple: int) -> None:
         )
 
 
-def _series(pairs: int, step: float, base: float, first: int = 0) -> tuple[float, ...]:
+def _owned(
+    owners: Sequence[int],
+    powers: Sequence[float],
+    axes: int,
+    base: float,
+    pairing: Pairing = "interleaved",
+) -> Rope:
+    """Turn pair m by axis `owners[m]` at base ** -powers[m]."""
     if not base > 0:
         raise ValueError(f"base is {base}; expected a positive number, such as 10000.0")
-    return tuple(base ** -(step * k) for k in range(first, first + pairs))
-
-
-def _blocks(blocks: Sequence[tuple[float, ...]]) -> Rope:
-    """Concatenate one block of pairs per axis; zeros where another axis owns the pair."""
+    own = [[owner == axis for owner in owners] for axis in range(axes)]
     return Rope(
         tuple(
-            tuple(
-                value if owner == axis else 0.0
-                for owner, block in enumerate(blocks)
-                for value in block
-            )
-            for axis in range(len(blocks))
-        )
+            tuple(base**-p if mine else 0.0 for mine, p in zip(row, powers, strict=True))
+            for row in own
+        ),
+        base=(float(base),) * axes,
+        exponents=tuple(
+            tuple(p if mine else 0.0 for mine, p in zip(row, powers, strict=True)) for row in own
+        ),
+        pairing=pairing,
     )

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from rope3d.backends import choose
+from rope3d.reference import Reference
 
 if TYPE_CHECKING:
-    from rope3d.layouts import Rope
+    from rope3d.rope import Rope
+    from rope3d.timed_rope import TimedRope
 
-__all__ = ["Rotation", "apply", "rotate"]
+__all__ = ["Pairing", "Rotation", "apply", "rotate"]
+
+Pairing = Literal["interleaved", "half"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +29,8 @@ class Rotation:
     Args:
         cos: `[..., tokens, pairs]`, float32.
         sin: Same shape and dtype.
+        pairing: Which channels form a pair, as in `Rope`.
+        untouched: Channels at the end of a head that belong to no pair.
 
     Raises:
         ValueError: The two differ in shape, or have fewer than 2 dimensions.
@@ -31,6 +38,8 @@ class Rotation:
 
     cos: Tensor
     sin: Tensor
+    pairing: Pairing = "interleaved"
+    untouched: int = 0
 
     def __post_init__(self) -> None:
         """Check that cosine and sine belong together."""
@@ -46,7 +55,7 @@ def rotate(
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys, pair of channels by pair.
 
-    y[2m] = x[2m] cos - x[2m+1] sin;  y[2m+1] = x[2m] sin + x[2m+1] cos
+    y[a] = x[a] cos - x[b] sin;  y[b] = x[a] sin + x[b] cos
 
     The arithmetic is float32 (float64 for float64 inputs); the result has the input's dtype.
     Inputs are left unchanged and may have any strides.
@@ -55,7 +64,7 @@ def rotate(
         q: `[batch, tokens, heads, head_dim]`, or packed `[tokens, heads, head_dim]`.
         k: As `q`, with its own number of heads.
         rotation: `[tokens, pairs]`, or `[batch, tokens, pairs]` for positions that differ
-            between samples; head_dim is 2 * pairs.
+            between samples; head_dim is 2 * pairs + untouched.
         backend: Name of an installed backend. None takes the environment variable
             ROPE3D_BACKEND, else the fastest one that serves these tensors (see `explain`).
 
@@ -68,8 +77,8 @@ def rotate(
         ImportError: The named backend is installed but failed to load.
 
     Convention:
-        Adjacent channels form a pair; positive angles turn channel 2m towards channel 2m + 1:
-        (1, 0) at angle pi/2 becomes (0, 1).
+        Pair m is channels (a, b) = (2m, 2m + 1) if interleaved, (m, m + pairs) if half-split.
+        Positive angles turn a towards b: (1, 0) at angle pi/2 becomes (0, 1).
 
     >>> import torch
     >>> quarter = Rotation(torch.zeros(1, 1), torch.ones(1, 1))
@@ -77,20 +86,55 @@ def rotate(
     >>> rotate(x, x, quarter)[0]
     tensor([[[0., 1.]]])
     """
-    _check(q, k, rotation.cos)
-    return choose(q, k, backend).rotate(q, k, rotation.cos, rotation.sin)
+    _check(q, k, rotation)
+    cos, sin = rotation.cos, rotation.sin
+    if not rotation.untouched:
+        return _paired(q, k, cos, sin, rotation.pairing, backend)
+    sizes = (2 * cos.shape[-1], rotation.untouched)
+    (q, q_rest), (k, k_rest) = q.split(sizes, dim=-1), k.split(sizes, dim=-1)
+    q, k = _paired(q, k, cos, sin, rotation.pairing, backend)
+    return torch.cat((q, q_rest), dim=-1), torch.cat((k, k_rest), dim=-1)
+
+
+def _paired(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    chosen = choose(q, k, backend)
+    if pairing == "interleaved":
+        return chosen.rotate(q, k, cos, sin)
+    if isinstance(chosen, Reference):
+        return chosen.rotate_half(q, k, cos, sin)
+    # Backends know adjacent pairs only: bring the halves together, and apart again.
+    q, k = chosen.rotate(_adjacent(q), _adjacent(k), cos, sin)
+    return _halves(q), _halves(k)
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+def _halves(x: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
 
 def apply(
-    q: Tensor, k: Tensor, rope: Rope, positions: Tensor, *, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    rope: Rope | TimedRope,
+    positions: Tensor,
+    *,
+    t: Tensor | float | None = None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys by their positions: `rotate(q, k, rope.rotation(positions))`.
+    """Rotate queries and keys by their positions: `rotate(q, k, rope.rotation(positions, t))`.
 
     Args:
         q: `[batch, tokens, heads, head_dim]`, or packed `[tokens, heads, head_dim]`.
         k: As `q`, with its own number of heads.
         rope: The layout, of the same head_dim.
         positions: `[tokens, axes]` or `[batch, tokens, axes]`.
+        t: Timesteps in [0, 1], 0 = noise, for a `TimedRope`: one number, `[batch]`, or packed
+            `[tokens]`.
         backend: As in `rotate`.
 
     Returns:
@@ -106,10 +150,13 @@ def apply(
     >>> q.shape, k.shape
     (torch.Size([1, 6, 4, 8]), torch.Size([1, 6, 2, 8]))
     """
-    return rotate(q, k, rope.rotation(positions), backend=backend)
+    if isinstance(t, Tensor) and t.ndim and q.ndim == 4 and positions.ndim == 2:
+        positions = positions.unsqueeze(0)  # the samples share their positions, not their times
+    return rotate(q, k, rope.rotation(positions, t), backend=backend)
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, rotation: Rotation) -> None:
+    cos, channels = rotation.cos, 2 * rotation.cos.shape[-1] + rotation.untouched
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, rotation {tuple(cos.shape)}"
     if q.ndim not in (3, 4) or k.ndim != q.ndim:
         raise ValueError(
@@ -118,14 +165,15 @@ def _check(q: Tensor, k: Tensor, cos: Tensor) -> None:
         )
     if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
         raise ValueError(f"{shapes}: q and k may differ only in the number of heads")
-    if q.shape[-1] != 2 * cos.shape[-1]:
+    if q.shape[-1] != channels:
         raise ValueError(
             f"{shapes}: head_dim is {q.shape[-1]} but the rotation turns {cos.shape[-1]} pairs "
-            f"= {2 * cos.shape[-1]} channels; build the layout with head_dim={q.shape[-1]}"
+            f"of a head of {channels} channels; build the layout with head_dim={q.shape[-1]}"
         )
-    tokens, batch = q.shape[-3], q.shape[:-3]
+    tokens, own = q.shape[-3], cos.ndim > 2  # own: each sample has its rotation
+    # Sizes may be symbols under torch.compile, which `in` does not compare by value.
     if cos.shape[-2] != tokens or (
-        cos.ndim > 2 and (cos.ndim != q.ndim - 1 or cos.shape[0] not in (1, *batch))
+        own and (cos.ndim != q.ndim - 1 or (cos.shape[0] != 1 and cos.shape[0] != q.shape[0]))
     ):
         raise ValueError(
             f"{shapes}: the rotation must cover the {tokens} tokens of q, as [tokens, pairs] or, "

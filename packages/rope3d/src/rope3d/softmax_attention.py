@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from rope3d.layouts import Rope
+from rope3d.rope import Rope
 from rope3d.rotation import apply
+from rope3d.timed_rope import TimedRope
 
 __all__ = ["attention"]
 
@@ -21,9 +22,10 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rope: Rope | None = None,
+    rope: Rope | TimedRope | None = None,
     positions: Tensor | None = None,
     *,
+    t: Tensor | float | None = None,
     lengths: Sequence[int] | None = None,
     key_lengths: Sequence[int] | None = None,
     cu_seqlens: Tensor | None = None,
@@ -46,6 +48,8 @@ def attention(
         v: `[batch, keys, kv_heads, value_dim]`, or packed `[total_keys, kv_heads, value_dim]`.
         rope: Rotate q and k by their positions first; needs `positions`.
         positions: `[tokens, axes]` or `[batch, tokens, axes]`; packed `[total_tokens, axes]`.
+        t: Timesteps for a `TimedRope`, as in `apply`: one number, `[batch]`, or packed
+            `[total_tokens]`.
         lengths: Packed only: tokens of each sample, numbers on the host, 0 allowed; None is one
             sample.
         key_lengths: Packed only: keys of each sample, where they are not `lengths`.
@@ -93,7 +97,7 @@ def attention(
     if (rope is None) != (positions is None):
         raise ValueError("rope and positions belong together; give both or neither")
     if rope is not None and positions is not None:
-        q, k = apply(q, k, rope, positions, backend=backend)
+        q, k = apply(q, k, rope, positions, t=t, backend=backend)
     if q.ndim == 4:
         if lengths is not None or key_lengths is not None or cu_seqlens is not None:
             raise ValueError(

@@ -1,0 +1,201 @@
+"""Named layouts against closed forms, and against the projects that they come from."""
+
+import pytest
+import torch
+
+import rope3d
+
+#: name: (layout, channels of each axis, base)
+AXIAL = {
+    "flux": (rope3d.flux(), (16, 56, 56), 10000.0),
+    "wan": (rope3d.wan(), (44, 42, 42), 10000.0),
+    "wan-96": (rope3d.wan(96), (32, 32, 32), 10000.0),
+    "hunyuan-video": (rope3d.hunyuan_video(), (16, 56, 56), 256.0),
+    "cogvideox": (rope3d.cogvideox(), (16, 24, 24), 10000.0),
+    "lumina2": (rope3d.lumina2(), (32, 32, 32), 10000.0),
+}
+GRID = rope3d.grid(frames=5, height=6, width=7)
+#: The other projects compute frequencies and angles in float32, some in float64.
+FLOAT32, FLOAT64 = 5e-6, 2e-7
+
+
+def interleaved(table: tuple[torch.Tensor, torch.Tensor]) -> rope3d.Rotation:
+    """Read the tables of diffusers, which name each number twice."""
+    cos, sin = (part.reshape(-1, part.shape[-1]) for part in table)
+    assert torch.equal(cos[:, ::2], cos[:, 1::2])
+    return rope3d.Rotation(cos[:, ::2], sin[:, ::2])
+
+
+def check(name: str, ours: rope3d.Rotation, theirs: rope3d.Rotation, tolerance: float) -> None:
+    difference = max((ours.cos - theirs.cos).abs().max(), (ours.sin - theirs.sin).abs().max())
+    print(f"{name}: max abs difference {difference:.2e}")
+    assert difference <= tolerance
+
+
+@pytest.mark.parametrize("name", AXIAL)
+def test_each_axis_has_its_own_series(name) -> None:
+    rope, dims, base = AXIAL[name]
+    q = torch.randn(len(GRID), 2, sum(dims), dtype=torch.float64)
+    turned, _ = rope3d.apply(q, q, rope, GRID)
+    first = 0
+    for axis, dim in enumerate(dims):
+        angle = GRID[:, axis, None].double() / base ** (torch.arange(0, dim, 2).double() / dim)
+        turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+        block = q[..., first : first + dim].unflatten(-1, (-1, 2)).contiguous()
+        expected = torch.view_as_real(torch.view_as_complex(block) * turn).flatten(-2)
+        torch.testing.assert_close(turned[..., first : first + dim], expected, atol=1e-6, rtol=0)
+        first += dim
+    assert first == rope.head_dim
+
+
+def test_mrope_shares_one_series_and_splits_heads_in_half() -> None:
+    rope = rope3d.mrope((16, 24, 24))
+    positions = torch.randint(0, 500, (9, 3))
+    q = torch.randn(9, 2, 128, dtype=torch.float64)
+    turned, _ = rope3d.apply(q, q, rope, positions)
+    axis = torch.tensor([0] * 16 + [1] * 24 + [2] * 24)
+    angle = positions[:, axis].double() * 1e6 ** (-torch.arange(64).double() / 64)
+    turn = torch.polar(torch.ones_like(angle), angle)[:, None]
+    expected = torch.complex(q[..., :64], q[..., 64:]) * turn
+    expected = torch.cat((expected.real, expected.imag), -1)
+    torch.testing.assert_close(turned, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("pairing", ["interleaved", "half"])
+def test_partial_rotary_leaves_the_rest(pairing) -> None:
+    part = rope3d.axial((8,), pairing=pairing)
+    rope = part.partial(12).partial(20)
+    assert rope.head_dim == 20
+    assert rope == part.partial(20)
+    for method in ("ntk", "time-aware"):
+        before = rope.extrapolate(method, scale=2.0)
+        assert before == part.extrapolate(method, scale=2.0).partial(20)
+        assert before.head_dim == 20
+    q, k = torch.randn(5, 3, 20), torch.randn(5, 1, 20)
+    positions = torch.randn(5, 1)
+    turned = rope3d.apply(q, k, rope, positions)
+    alone = rope3d.apply(q[..., :8].clone(), k[..., :8].clone(), part, positions)
+    for ours, expected, x in zip(turned, alone, (q, k), strict=True):
+        torch.testing.assert_close(ours[..., :8], expected, atol=1e-6, rtol=0)
+        assert torch.equal(ours[..., 8:], x[..., 8:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_half_split_is_interleaved_in_another_order(dtype) -> None:
+    order = torch.arange(24).view(2, 12).T.flatten()  # channels m and m + 12 become neighbours
+    q, positions = torch.randn(5, 3, 24).to(dtype), torch.randn(5, 2)
+    half = rope3d.axial((12, 12), pairing="half")
+    ours, _ = rope3d.apply(q, q, half, positions)
+    expected, _ = rope3d.apply(q[..., order], q[..., order], rope3d.axial((12, 12)), positions)
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours[..., order], expected, atol=1e-6, rtol=2**-7)
+
+
+def test_flux_equals_diffusers() -> None:
+    module = pytest.importorskip("diffusers.models.transformers.transformer_flux")
+    embed = module.FluxPosEmbed(theta=10000, axes_dim=[16, 56, 56])
+    check("flux", rope3d.flux().rotation(GRID), interleaved(embed(GRID)), FLOAT64)
+
+
+def test_wan_equals_diffusers() -> None:
+    module = pytest.importorskip("diffusers.models.transformers.transformer_wan")
+    embed = module.WanRotaryPosEmbed(128, (1, 2, 2), 1024)
+    table = embed(torch.zeros(1, 4, 5, 12, 14))
+    check("wan", rope3d.wan().rotation(GRID), interleaved(table), FLOAT64)
+
+
+def test_hunyuan_video_equals_diffusers() -> None:
+    module = pytest.importorskip("diffusers.models.transformers.transformer_hunyuan_video")
+    embed = module.HunyuanVideoRotaryPosEmbed(2, 1, [16, 56, 56], 256.0)
+    table = embed(torch.zeros(1, 4, 5, 12, 14))
+    check("hunyuan_video", rope3d.hunyuan_video().rotation(GRID), interleaved(table), FLOAT32)
+
+
+def test_cogvideox_equals_diffusers() -> None:
+    module = pytest.importorskip("diffusers.models.embeddings")
+    table = module.get_3d_rotary_pos_embed(64, ((0, 0), (6, 7)), (6, 7), 5, device="cpu")
+    check("cogvideox", rope3d.cogvideox().rotation(GRID), interleaved(table), FLOAT32)
+
+
+def test_lumina2_equals_diffusers() -> None:
+    module = pytest.importorskip("diffusers.models.transformers.transformer_lumina2")
+    embed = module.Lumina2RotaryPosEmbed(10000, [32, 32, 32], [300, 512, 512])
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    table = embed(torch.zeros(1, 16, 12, 14), mask)[3][0]  # 9 text tokens, then 6 x 7 of the image
+    text = torch.stack((torch.arange(9.0), torch.zeros(9), torch.zeros(9)), -1)
+    image = rope3d.grid(frames=1, height=6, width=7) + torch.tensor([9.0, 0.0, 0.0])
+    ours = rope3d.lumina2().rotation(torch.cat((text, image)))
+    theirs = rope3d.Rotation(table.real.float(), table.imag.float())
+    check("lumina2", ours, theirs, FLOAT64)
+
+
+def test_lumina_equals_diffusers() -> None:
+    module = pytest.importorskip("diffusers.models.embeddings")
+    for method, factors in (
+        ("extrapolation", {}),
+        ("interpolation", {"linear_factor": 1.5}),
+        ("ntk", {"ntk_factor": 1.5}),
+    ):
+        table = module.get_2d_rotary_pos_embed_lumina(72, 12, 14, **factors).reshape(-1, 36)
+        rope = rope3d.lumina(72).extrapolate(method, scale=1.5)
+        ours = rope.rotation(rope3d.grid(height=12, width=14))
+        theirs = rope3d.Rotation(table.real.float(), table.imag.float())
+        check(f"lumina {method}", ours, theirs, FLOAT32)
+
+
+def test_mrope_equals_transformers() -> None:
+    module = pytest.importorskip("transformers.models.qwen2_vl.modeling_qwen2_vl")
+    config = module.Qwen2VLTextConfig(
+        hidden_size=256,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1000000.0,
+            "mrope_section": [16, 24, 24],
+        },
+    )
+    q, k = torch.randn(1, 2, 9, 128), torch.randn(1, 1, 9, 128)
+    positions = torch.randint(0, 200, (9, 3))
+    cos, sin = module.Qwen2VLRotaryEmbedding(config)(q, positions.T[:, None])
+    theirs = module.apply_rotary_pos_emb(q, k, cos, sin)
+    ours = rope3d.apply(q.transpose(1, 2), k.transpose(1, 2), rope3d.mrope((16, 24, 24)), positions)
+    check(
+        "mrope",
+        rope3d.mrope((16, 24, 24)).rotation(positions),
+        rope3d.Rotation(cos[0, :, :64], sin[0, :, :64]),
+        2e-5,  # angles up to 200 radians in float32
+    )
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(left.transpose(1, 2), right, atol=1e-4, rtol=0)
+
+
+def test_partial_rotary_equals_transformers() -> None:
+    module = pytest.importorskip("transformers.models.gpt_neox.modeling_gpt_neox")
+    q, k = torch.randn(1, 2, 9, 80), torch.randn(1, 2, 9, 80)
+    rope = rope3d.axial((32,), pairing="half").partial(80)
+    angle = torch.arange(9.0)[:, None] * 10000 ** (-torch.arange(0, 32, 2) / 32)
+    angle = torch.cat((angle, angle), -1)[None]
+    theirs = module.apply_rotary_pos_emb(q, k, angle.cos(), angle.sin())
+    ours = rope3d.apply(q.transpose(1, 2), k.transpose(1, 2), rope, torch.arange(9)[:, None])
+    for left, right in zip(ours, theirs, strict=True):
+        difference = (left.transpose(1, 2) - right).abs().max()
+        print(f"partial: max abs difference {difference:.2e}")
+        assert difference <= FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: rope3d.wan(7), "dims are"),
+        (lambda: rope3d.wan(4), "dims are"),
+        (lambda: rope3d.cogvideox(72), "multiple of 16"),
+        (lambda: rope3d.mrope(()), "sections are"),
+        (lambda: rope3d.mrope((16, 0)), "sections are"),
+        (lambda: rope3d.flux().partial(64), "at least the 128"),
+        (lambda: rope3d.axial((8,), pairing="halves"), "pairing is 'halves'"),
+    ],
+)
+def test_errors_say_what_was_expected(build, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
