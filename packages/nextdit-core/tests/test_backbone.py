@@ -76,6 +76,17 @@ def test_velocity_equals_the_authors(
     assert (out - case["out_official"]).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("name", ["fwd_extrap_linear_24x24", "fwd_extrap_ntk_24x24"])
+def test_velocity_beyond_the_trained_size_equals_the_authors(
+    golden: Path, reference_model: NextDiT, name: str
+) -> None:
+    """The released switch: interpolation before t = 0.3, a larger base after it."""
+    rope = reference_model.rope.extrapolate("time-aware-watershed", scale=(1.0, 1.5, 1.5))
+    case = load_file(golden / f"{name}.safetensors")
+    out = _run(reference_model, case, rope=rope, scale="proportional", trained_tokens=64)
+    assert (out - case["out_official"]).abs().max() <= 1e-5
+
+
 def _model(random: torch.Generator, **sizes: int) -> NextDiT:
     """A small model in which no weight is zero."""
     config = NextDiTConfig(**({"token_dim": 4, "width": 32, "heads": 4, "layers": 2} | sizes))
@@ -103,6 +114,22 @@ def test_packed_batch_equals_samples_alone(random: torch.Generator, axes: int) -
             for i, one in enumerate(samples)
         ]
     assert (packed - torch.cat(alone)).abs().max() <= 1e-5
+
+
+def test_every_packed_sample_has_the_angles_of_its_own_time(random: torch.Generator) -> None:
+    model = _model(random, axes=2)
+    rope = model.rope.extrapolate("time-aware", scale=(1.0, 8.0, 8.0))
+    samples = [
+        Tokens(torch.randn(r * c, 4, generator=random), _grid(r, c), (r * c,))
+        for r, c in [(2, 3), (4, 4)]
+    ]
+    t = torch.tensor([0.1, 0.8])
+    with torch.no_grad():
+        packed = model(Tokens.pack(samples), t, rope=rope)
+        alone = [model(one, t[i : i + 1], rope=rope) for i, one in enumerate(samples)]
+        elsewhen = model(samples[0], torch.tensor([0.1]))
+    assert (packed - torch.cat(alone)).abs().max() <= 1e-5
+    assert (alone[0] - elsewhen).abs().max() > 1e-4
 
 
 def test_prepared_conditioning_gives_the_same_velocity(random: torch.Generator) -> None:

@@ -358,7 +358,7 @@ class NextDiT(nn.Module):
         t: Tensor,
         condition: Conditioning | PreparedConditioning | None = None,
         *,
-        rope: rope3d.Rope | None = None,
+        rope: rope3d.Rope | rope3d.TimedRope | None = None,
         scale: Scale = None,
         trained_tokens: int | None = None,
     ) -> Tensor:
@@ -371,7 +371,8 @@ class NextDiT(nn.Module):
             tokens: The noisy samples.
             t: `[batch]` in [0, 1], 0 = noise.
             condition: As given, or as returned by `prepare`.
-            rope: Another rotary layout for this call, over three position columns.
+            rope: Another rotary layout for this call, over three position columns, such as
+                `model.rope.extrapolate("time-aware", scale=(1, 2, 2))`; it may follow t.
             scale: Softmax scale of the self attention; "proportional" needs
                 `trained_tokens`; None is 1/sqrt(head_dim).
             trained_tokens: Tokens per sample at training, for "proportional".
@@ -398,7 +399,8 @@ class NextDiT(nn.Module):
         lengths = tokens.lengths if length is None else None
         x = self.x_embedder(tokens.values.to(self.x_embedder.weight.dtype)).view(*shape, -1)
         positions = tokens.positions.view(*shape, 3)
-        rotation = (rope or self.rope).rotation(positions)
+        times = t if lengths is None else _per_token(t[:, None], lengths)[..., 0]
+        rotation = (rope or self.rope).rotation(positions, times)
         for index, block in enumerate(self.blocks):
             text = None
             if condition.mask is not None:
