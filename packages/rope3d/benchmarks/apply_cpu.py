@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/apply_cpu.py --runs 15
 
 Forms run in turn, so that a busy machine slows all of them alike; times are medians. Memory is
-the peak of the process above what it held before, results included (Linux only). Tables of cosine
+the peak of what PyTorch's allocator hands out during one call, results included. Tables of cosine
 and sine are made beforehand in every form.
 """
 
@@ -13,7 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -38,18 +38,12 @@ def complex_form(x: Tensor, table: Tensor) -> Tensor:
 
 
 def peak_memory(function: Callable[[], Pair]) -> int:
-    """Measure bytes above those held before the call."""
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _status("VmRSS")
-    result = function()
-    peak = _status("VmHWM") - before
-    del result
-    return peak
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+    """Measure bytes above those held before the call, from the allocator's own record."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0)
 
 
 def main() -> None:
