@@ -14,16 +14,29 @@ import json, math, sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nextdit_kernels import rotary
+from nextdit_kernels import glu, rotary
 
-kernel, built = rotary.rotate_qk_kernel, []
-for capability, dtype, width, vector in json.loads(sys.argv[1]):
+def rotary_constants(width, vector):
     block = max(16, 1 << (width - 1).bit_length())
-    constants = {
+    return {
         "D": width, "CONJUGATE": True, "VECTOR": vector, "TABLE_VECTOR": math.gcd(4, width // 2),
         "BLOCK_H": rotary._HEADS, "BLOCK_T": rotary._TILE // block, "BLOCK_D": block,
-        "q_sd": 1, "k_sd": 1, "cos_sp": 1, "sin_sp": 1,
     }
+
+def glu_constants(width, vector):
+    block = min(glu._WIDE, max(16, 1 << (width - 1).bit_length()))
+    return {"W": width, "VECTOR": vector, "BLOCK_T": glu._TILE // block, "BLOCK_W": block}
+
+KERNELS = {
+    "rotary": (rotary.rotate_qk_kernel, rotary_constants),
+    "swiglu": (glu.swiglu_kernel, glu_constants),
+    "swiglu-backward": (glu.swiglu_backward_kernel, glu_constants),
+}
+built = []
+for name, capability, dtype, width, vector in json.loads(sys.argv[1]):
+    kernel, constants_of = KERNELS[name]
+    constants = constants_of(width, vector)
+    constants |= {name: 1 for name in kernel.arg_names if name[-3:] in ("_sd", "_sp", "_sw")}
     types, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name.endswith("_ptr"):
@@ -38,14 +51,18 @@ for capability, dtype, width, vector in json.loads(sys.argv[1]):
 print(json.dumps(built))
 """
 CASES = [
-    (capability, dtype, width, 4 if dtype == "fp32" else 8)
+    (kernel, capability, dtype, width, 4 if dtype == "fp32" else 8)
     for capability in (80, 90)
-    for dtype, width in [
-        *(("bf16", width) for width in (24, 64, 72, 96, 128, 256)),
-        *(("fp16", 72), ("fp32", 72)),
+    for kernel, dtype, width in [
+        *(("rotary", "bf16", width) for width in (24, 64, 72, 96, 128, 256)),
+        *(("rotary", "fp16", 72), ("rotary", "fp32", 72)),
+        *(("swiglu", "bf16", width) for width in (96, 1536, 6144)),
+        *(("swiglu", "fp16", 1536), ("swiglu", "fp32", 1536)),
+        *(("swiglu-backward", "bf16", width) for width in (96, 1536, 6144)),
+        *(("swiglu-backward", "fp16", 1536), ("swiglu-backward", "fp32", 1536)),
     ]
 ]
-UNALIGNED = (90, "bf16", 72, 1)
+UNALIGNED = ("rotary", 90, "bf16", 72, 1)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +76,7 @@ def built():
     return dict(zip(cases, json.loads(done.stdout), strict=True))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "sm{}-{}-{}-{}".format(*case))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "{}-sm{}-{}-{}-{}".format(*case))
 def test_wide_loads_and_no_local_memory(built, case) -> None:
     ptx, sass = built[case]
     assert ".local" not in ptx

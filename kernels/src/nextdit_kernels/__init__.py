@@ -9,13 +9,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nextdit_kernels.backend import TRITON
+    from nextdit_kernels.glu import swiglu
     from nextdit_kernels.rotary import rotate
 
 __version__ = version("nextdit-kernels")
 
-__all__ = ["TRITON", "__version__", "rotate"]
+__all__ = ["TRITON", "__version__", "rotate", "swiglu"]
 
-_MODULES = {"TRITON": "nextdit_kernels.backend", "rotate": "nextdit_kernels.rotary"}
+_MODULES = {
+    "TRITON": "nextdit_kernels.backend",
+    "rotate": "nextdit_kernels.rotary",
+    "swiglu": "nextdit_kernels.glu",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -11,7 +11,6 @@ aligned and tells the compiler, so that runtime strides still give loads of 16 b
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -20,18 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
-from triton.runtime.jit import JITFunction
+
+from nextdit_kernels import served
 
 __all__ = ["MAX_HEAD_DIM", "rotate", "rotate_qk_kernel", "why_not"]
 
 #: The widest head that one tile holds.
 MAX_HEAD_DIM = 256
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-# Elements of a tile, tokens times channels; heads that one program walks over; bytes of the
-# widest load.
-_TILE, _HEADS, _LOAD = 2048, 8, 16
+# Elements of a tile, tokens times channels; heads that one program walks over.
+_TILE, _HEADS = 2048, 8
 
 
 @triton.jit
@@ -147,11 +144,6 @@ def rotate_qk_kernel(
     # fmt: on
 
 
-#: Whether the kernel runs in Triton's interpreter, which also takes tensors on the CPU. Decided
-#: when it was defined, by the environment variable TRITON_INTERPRET.
-_INTERPRETED = not isinstance(rotate_qk_kernel, JITFunction)
-
-
 def why_not(q: Tensor, k: Tensor) -> str | None:
     """Say why the kernel cannot serve these tensors, or None if it can.
 
@@ -165,20 +157,9 @@ def why_not(q: Tensor, k: Tensor) -> str | None:
     >>> why_not(torch.zeros(5, 2, 8, dtype=torch.float64), torch.zeros(5, 2, 8))
     'q is torch.float64 and k torch.float32; the kernel takes one of bfloat16, float16, float32'
     """
-    if q.dtype != k.dtype or q.dtype not in _DTYPES:
-        return f"q is {q.dtype} and k {k.dtype}; the kernel takes one of bfloat16, float16, float32"
-    if q.device != k.device:
-        return f"q is on {q.device} and k on {k.device}; the kernel needs one device"
-    if q.device.type == "cuda":
-        if not torch.cuda.is_available():
-            return "q is on cuda, but this machine has no CUDA device"
-        if torch.cuda.get_device_properties(q.device).major < 8:
-            return "the GPU is older than Triton serves; it needs compute capability 8.0"
-    elif not (_INTERPRETED and q.device.type == "cpu"):
-        return (
-            f"q is on {q.device.type}; the kernel needs CUDA, or TRITON_INTERPRET=1 set before "
-            "nextdit_kernels is imported, which runs it on the CPU, slowly"
-        )
+    reason = served.why_not(rotate_qk_kernel, q=q, k=k)
+    if reason is not None:
+        return reason
     if q.shape[-1] % 2 or q.shape[-1] > MAX_HEAD_DIM:
         return f"head_dim is {q.shape[-1]}; the kernel takes even ones up to {MAX_HEAD_DIM}"
     return None
@@ -254,13 +235,6 @@ def _strides(x: Tensor, ndim: int) -> tuple[int, ...]:
     return x.stride()
 
 
-def _aligned(width: int, itemsize: int, *strides: tuple[int, ...]) -> int:
-    """Count the neighbouring elements, a power of two, that one load may take."""
-    if any(stride[-1] != 1 for stride in strides):
-        return 1
-    return math.gcd(_LOAD // itemsize, width, *(s for stride in strides for s in stride[:-1]))
-
-
 def _launch(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, conjugate: bool
 ) -> tuple[Tensor, Tensor]:
@@ -287,8 +261,8 @@ def _launch(
     constants: dict[str, Any] = {
         "D": width,
         "CONJUGATE": conjugate,
-        "VECTOR": _aligned(width, q.itemsize, s_q, s_k),
-        "TABLE_VECTOR": _aligned(width // 2, cos.itemsize, s_cos, s_sin),
+        "VECTOR": served.aligned(width, q.itemsize, s_q, s_k),
+        "TABLE_VECTOR": served.aligned(width // 2, cos.itemsize, s_cos, s_sin),
         "BLOCK_H": _HEADS,
         "BLOCK_T": block_t,
         "BLOCK_D": block_d,

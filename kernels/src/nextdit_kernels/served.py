@@ -1,0 +1,68 @@
+"""What every kernel of the package asks of its tensors, and the loads that their layout allows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+__all__ = ["aligned", "why_not"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Bytes of the widest load.
+_LOAD = 16
+
+
+def why_not(kernel: object, **tensors: Tensor) -> str | None:
+    """Say why the kernel cannot serve tensors of such dtypes on such devices, or None if it can.
+
+    Args:
+        kernel: What `triton.jit` made. In Triton's interpreter, chosen by TRITON_INTERPRET when the
+            kernel was defined, it also takes tensors on the CPU.
+        **tensors: By the name that the reason should use.
+
+    Returns:
+        A reason that names what is served, or None.
+    """
+    (first, x), *others = tensors.items()
+    if x.dtype not in _DTYPES or any(other.dtype != x.dtype for _, other in others):
+        found = [f"{first} is {x.dtype}", *(f"{name} {other.dtype}" for name, other in others)]
+        return f"{_listed(found)}; the kernel takes one of bfloat16, float16, float32"
+    if any(other.device != x.device for _, other in others):
+        found = [f"{first} is on {x.device}", *(f"{name} on {y.device}" for name, y in others)]
+        return f"{_listed(found)}; the kernel needs one device"
+    if x.device.type == "cuda":
+        if not torch.cuda.is_available():
+            return f"{first} is on cuda, but this machine has no CUDA device"
+        if torch.cuda.get_device_properties(x.device).major < 8:
+            return "the GPU is older than Triton serves; it needs compute capability 8.0"
+    elif isinstance(kernel, JITFunction) or x.device.type != "cpu":
+        return (
+            f"{first} is on {x.device.type}; the kernel needs CUDA, or TRITON_INTERPRET=1 set "
+            "before nextdit_kernels is imported, which runs it on the CPU, slowly"
+        )
+    return None
+
+
+def _listed(words: list[str]) -> str:
+    """Write "a, b and c"."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def aligned(width: int, itemsize: int, *strides: tuple[int, ...]) -> int:
+    """Count the neighbouring elements, a power of two, that one load may take.
+
+    Args:
+        width: Elements of a row.
+        itemsize: Bytes of an element.
+        *strides: Of each tensor, that of the elements of a row last.
+
+    Returns:
+        At most 16 bytes' worth; 1 where a row's elements are not neighbours.
+    """
+    if any(stride[-1] != 1 for stride in strides):
+        return 1
+    return math.gcd(_LOAD // itemsize, width, *(s for stride in strides for s in stride[:-1]))
