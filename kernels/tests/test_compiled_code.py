@@ -1,58 +1,41 @@
-"""The machine code, compiled ahead of time for GPUs that this machine need not have."""
+"""The machine code of rotation and SwiGLU, compiled ahead of time."""
 
-import json
-import os
+import math
 import re
-import subprocess
-import sys
+from inspect import signature
 
 import pytest
+from triton import next_power_of_2
 
-# Runs in its own process: in this one the kernel may belong to Triton's interpreter.
-COMPILE = """
-import json, math, sys
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from nextdit_kernels import glu, rotary
 
+
 def rotary_constants(width, vector):
-    block = max(16, 1 << (width - 1).bit_length())
+    block = max(16, next_power_of_2(width))
     return {
-        "D": width, "CONJUGATE": True, "VECTOR": vector, "TABLE_VECTOR": math.gcd(4, width // 2),
-        "BLOCK_H": rotary._HEADS, "BLOCK_T": rotary._TILE // block, "BLOCK_D": block,
+        "D": width,
+        "CONJUGATE": True,
+        "VECTOR": vector,
+        "TABLE_VECTOR": math.gcd(4, width // 2),
+        "BLOCK_H": rotary._HEADS,
+        "BLOCK_T": rotary._TILE // block,
+        "BLOCK_D": block,
     }
 
+
 def glu_constants(width, vector):
-    block = min(glu._WIDE, max(16, 1 << (width - 1).bit_length()))
+    block = min(glu._WIDE, max(16, next_power_of_2(width)))
     return {"W": width, "VECTOR": vector, "BLOCK_T": glu._TILE // block, "BLOCK_W": block}
 
+
 KERNELS = {
-    "rotary": (rotary.rotate_qk_kernel, rotary_constants),
-    "swiglu": (glu.swiglu_kernel, glu_constants),
-    "swiglu-backward": (glu.swiglu_backward_kernel, glu_constants),
+    "rotary": ("rotary:rotate_qk_kernel", rotary_constants),
+    "swiglu": ("glu:swiglu_kernel", glu_constants),
+    "swiglu-backward": ("glu:swiglu_backward_kernel", glu_constants),
 }
-built = []
-for name, capability, dtype, width, vector in json.loads(sys.argv[1]):
-    kernel, constants_of = KERNELS[name]
-    constants = constants_of(width, vector)
-    constants |= {name: 1 for name in kernel.arg_names if name[-3:] in ("_sd", "_sp", "_sw")}
-    types, aligned = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name.endswith("_ptr"):
-            types[name] = "*" + ("fp32" if name[:3] in ("cos", "sin") else dtype)
-            aligned[(index,)] = [["tt.divisibility", 16]]
-        else:
-            types[name] = "constexpr" if name in constants else "i32"
-    code = compile(
-        ASTSource(kernel, types, constants, aligned), target=GPUTarget("cuda", capability, 32)
-    ).asm
-    built.append([code["ptx"], code["sass"]])
-print(json.dumps(built))
-"""
 CASES = [
     (kernel, capability, dtype, width, 4 if dtype == "fp32" else 8)
-    for capability in (80, 90)
+    for capability in (80, 90, 100)
     for kernel, dtype, width in [
         *(("rotary", "bf16", width) for width in (24, 64, 72, 96, 128, 256)),
         *(("rotary", "fp16", 72), ("rotary", "fp32", 72)),
@@ -65,21 +48,36 @@ CASES = [
 UNALIGNED = ("rotary", 90, "bf16", 72, 1)
 
 
+def request_for(kernel, capability, dtype, width, vector):
+    name, constants_of = KERNELS[kernel]
+    module, function = name.split(":")
+    names = signature(getattr({"rotary": rotary, "glu": glu}[module], function).fn).parameters
+    constants = constants_of(width, vector)
+    constants |= {name: 1 for name in names if name[-3:] in ("_sd", "_sp", "_sw")}
+    types = {name: "i32" for name in names}
+    types |= {name: f"*{dtype}" for name in names if name.endswith("_ptr")}
+    types |= {name: "*fp32" for name in names if name in ("cos_ptr", "sin_ptr")}
+    return {
+        "kernel": f"nextdit_kernels.{name}",
+        "capability": capability,
+        "types": types,
+        "constants": constants,
+    }
+
+
 @pytest.fixture(scope="module")
-def built():
-    """PTX and SASS of every case."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+def built(compile_ahead):
+    """The code of every case."""
     cases = [*CASES, UNALIGNED]
-    command = [sys.executable, "-c", COMPILE, json.dumps(cases)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(cases, json.loads(done.stdout), strict=True))
+    return dict(zip(cases, compile_ahead([request_for(*case) for case in cases]), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "{}-sm{}-{}-{}-{}".format(*case))
 def test_wide_loads_and_no_local_memory(built, case) -> None:
-    ptx, sass = built[case]
+    code = built[case]
+    ptx, sass = code["ptx"], code["sass"]
     assert ".local" not in ptx
+    assert code["stack"] == 0
     assert not re.findall(r"\b(?:LDL|STL)\b", sass)
     assert set(re.findall(r"\b(?:ld|st)\.global\S*", ptx)) == {
         "ld.global.v4.b32",
@@ -89,4 +87,4 @@ def test_wide_loads_and_no_local_memory(built, case) -> None:
 
 
 def test_without_the_alignment_hint_loads_are_two_bytes(built) -> None:
-    assert "LDG.E.U16" in built[UNALIGNED][1]
+    assert "LDG.E.U16" in built[UNALIGNED]["sass"]

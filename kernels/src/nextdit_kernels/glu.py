@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from nextdit_kernels import served
+from nextdit_kernels import operators, served
 
 __all__ = ["swiglu", "swiglu_backward_kernel", "swiglu_kernel", "why_not"]
 
@@ -167,7 +167,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     >>> swiglu(torch.tensor([0.0, 90.0], device=device), torch.tensor([5.0, 2.0], device=device))
     tensor([  0., 180.]...)
     """
-    return torch.ops.nextdit_kernels.swiglu.default(gate, up)
+    return _swiglu(gate, up)
 
 
 def _check(gate: Tensor, up: Tensor) -> None:
@@ -257,32 +257,18 @@ def _setup_context(ctx: _Context, inputs: tuple[Tensor, Tensor], output: object)
 
 
 def _backward(ctx: _Context, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.nextdit_kernels.swiglu_backward.default(grad, *ctx.saved_tensors)
+    return _swiglu_backward(grad, *ctx.saved_tensors)
 
 
-def _second(ctx: FunctionCtx, *grads: Tensor) -> None:
-    """Refuse, where autograd alone would silently leave the gradient out."""
-    raise RuntimeError(
-        "swiglu can be differentiated once; write silu(gate) * up for higher derivatives"
-    )
-
-
-# Any strides do, so the compiler need not copy into the layout that eager would have.
-for _name, _schema, _implementation, _shapes in (
-    ("swiglu", "(Tensor gate, Tensor up) -> Tensor", _launch, _fake),
-    (
-        "swiglu_backward",
-        "(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
-        _launch_backward,
-        _fake_backward,
-    ),
-):
-    torch.library.define(
-        f"nextdit_kernels::{_name}",
-        _schema,
-        tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
-    )
-    torch.library.impl(f"nextdit_kernels::{_name}", ("cpu", "cuda"), _implementation)
-    torch.library.register_fake(f"nextdit_kernels::{_name}", _shapes)
-torch.library.register_autograd("nextdit_kernels::swiglu", _backward, setup_context=_setup_context)
-torch.library.register_autograd("nextdit_kernels::swiglu_backward", _second)
+_swiglu = operators.define(
+    "swiglu(Tensor gate, Tensor up) -> Tensor",
+    _launch,
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_swiglu_backward = operators.define(
+    "swiglu_backward(Tensor grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    _launch_backward,
+    _fake_backward,
+)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from nextdit_kernels import served
+from nextdit_kernels import operators, served
 
 __all__ = ["MAX_HEAD_DIM", "rotate", "rotate_qk_kernel", "why_not"]
 
@@ -204,7 +204,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
             "cos or sin requires a gradient, which the kernel does not compute; detach them, or "
             "use the backend 'reference' of rope3d to learn frequencies or positions"
         )
-    return torch.ops.nextdit_kernels.rotate_qk.default(q, k, cos, sin, False)
+    return _rotate_qk(q, k, cos, sin, False)
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -301,19 +301,14 @@ def _backward(
     ctx: _Context, grad_q: Tensor, grad_k: Tensor
 ) -> tuple[Tensor, Tensor, None, None, None]:
     """Turn the gradients back: the transpose of a rotation is its inverse."""
-    grads = torch.ops.nextdit_kernels.rotate_qk.default(
-        grad_q, grad_k, *ctx.saved_tensors, not ctx.conjugate
-    )
+    grads = _rotate_qk(grad_q, grad_k, *ctx.saved_tensors, not ctx.conjugate)
     return (*grads, None, None, None)
 
 
-_OPERATOR = "nextdit_kernels::rotate_qk"
-# Any strides do, so the compiler need not copy q or k into the layout that eager would have.
-torch.library.define(
-    _OPERATOR,
-    "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool conjugate) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+_rotate_qk = operators.define(
+    "rotate_qk(Tensor q, Tensor k, Tensor cos, Tensor sin, bool conjugate) -> (Tensor, Tensor)",
+    _launch,
+    _fake,
+    setup_context=_setup_context,
+    backward=_backward,
 )
-torch.library.impl(_OPERATOR, ("cpu", "cuda"), _launch)
-torch.library.register_fake(_OPERATOR, _fake)
-torch.library.register_autograd(_OPERATOR, _backward, setup_context=_setup_context)
