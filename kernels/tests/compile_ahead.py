@@ -13,7 +13,8 @@ import tempfile
 from importlib import import_module
 from typing import Any
 
-from triton import compile, knobs
+import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -28,7 +29,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         for index, name in enumerate(kernel.arg_names)
         if types[name].startswith("*")
     }
-    built = compile(
+    built = triton.compile(
         ASTSource(kernel, types, constants, aligned),
         target=GPUTarget("cuda", request["capability"], 32),
         options=request.get("options"),

@@ -54,7 +54,7 @@ def request_for(kernel, capability, dtype, width, vector):
     names = signature(getattr({"rotary": rotary, "glu": glu}[module], function).fn).parameters
     constants = constants_of(width, vector)
     constants |= {name: 1 for name in names if name[-3:] in ("_sd", "_sp", "_sw")}
-    types = {name: "i32" for name in names}
+    types = dict.fromkeys(names, "i32")
     types |= {name: f"*{dtype}" for name in names if name.endswith("_ptr")}
     types |= {name: "*fp32" for name in names if name in ("cos_ptr", "sin_ptr")}
     return {

@@ -57,7 +57,7 @@ def define(
         "setup_context": staticmethod(setup_context),
         "backward": staticmethod(backward),
     }
-    differentiable = type(name, (torch.autograd.Function,), members)
+    differentiable: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling() or _seen_by_others(arguments):
