@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rope3d
-from rope3d import backends
+from rope3d import backends, plugins
 from rope3d.compile_constant import compile_constant
 
 NEGATING = """
@@ -96,7 +96,7 @@ def test_cpu_imports_no_other_backend_and_reads_no_metadata(install, tensors) ->
     module = install("negating-rope", "negating", NEGATING)
     rope3d.rotate(*tensors)
     assert module not in sys.modules
-    assert backends.installed.cache_info().currsize == 0
+    assert plugins.installed.cache_info().currsize == 0
 
 
 def test_cuda_takes_the_first_that_serves(install, on_cuda) -> None:
@@ -124,7 +124,7 @@ def test_failed_named_choice_raises(install, tensors) -> None:
 
 def test_an_object_that_is_no_backend_is_refused(install, tensors) -> None:
     install("empty-rope", "empty", "BACKEND = 3")
-    with pytest.raises(ImportError, match="int lacks"):
+    with pytest.raises(ImportError, match="int lacks name, why_not, rotate"):
         rope3d.rotate(*tensors, backend="empty")
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import warnings
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from rope3d import plugins
 from rope3d.compile_constant import compile_constant
 from rope3d.reference import REFERENCE
 
@@ -71,7 +72,6 @@ class Backend(Protocol):
 _LOADED: dict[str, Backend] = {REFERENCE.name: REFERENCE}
 
 
-@cache
 def installed() -> dict[str, EntryPoint]:
     """List the backends of all installed distributions by name, importing none of them.
 
@@ -81,18 +81,9 @@ def installed() -> dict[str, EntryPoint]:
     Raises:
         RuntimeError: Two distributions claim one name.
     """
-    found: dict[str, EntryPoint] = {}
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        other = found.setdefault(entry.name, entry)
-        if _origin(other) != _origin(entry):
-            raise RuntimeError(
-                f"two distributions claim the backend {entry.name!r}: {_origin(other)} and "
-                f"{_origin(entry)}; uninstall one of them"
-            )
-    return found
+    return plugins.installed(GROUP)
 
 
-@cache
 def load(name: str) -> Backend:
     """Import a backend by name.
 
@@ -107,28 +98,14 @@ def load(name: str) -> Backend:
         ImportError: The backend failed to import, or what it names is not a backend.
         RuntimeError: Two distributions claim one name.
     """
-    entries = installed()
-    if name not in entries:
-        raise ValueError(
-            f"unknown backend {name!r}; installed: {', '.join(entries) or 'none'}; install the "
-            f"distribution that offers it, or choose another by argument or {VARIABLE}"
-        )
-    entry = entries[name]
-    failed = f"backend {name!r} of {_origin(entry)} failed to load from {entry.value}"
-    try:
-        backend = entry.load()
-    except Exception as error:  # whatever a stranger's module may raise
-        raise ImportError(f"{failed}: {type(error).__name__}: {error}") from error
-    if not isinstance(backend, Backend):
-        raise ImportError(f"{failed}: {type(backend).__name__} lacks `name`, `why_not` or `rotate`")
+    backend: Backend = plugins.load(GROUP, name, ("name", "why_not", "rotate"), VARIABLE)
     _LOADED[name] = backend
     return backend
 
 
 def refresh() -> None:
     """Forget what was found and imported, after a package was installed in a running process."""
-    installed.cache_clear()
-    load.cache_clear()
+    plugins.refresh()
     _automatic.cache_clear()
     _LOADED.clear()
     _LOADED[REFERENCE.name] = REFERENCE
@@ -199,11 +176,6 @@ def _others() -> tuple[str, ...]:
     return tuple(name for name in installed() if name != REFERENCE.name)
 
 
-def _origin(entry: EntryPoint) -> str:
-    """Name the distribution and its version, as in `rope3d 0.1.0`."""
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist is not None else "unknown"
-
-
 def explain(q: Tensor, k: Tensor, *, backend: str | None = None) -> str:
     """Tell which backend would rotate these tensors here, and why the others would not.
 
@@ -237,15 +209,9 @@ def explain(q: Tensor, k: Tensor, *, backend: str | None = None) -> str:
             reason = "named" if named else "first that serves these tensors"
         else:
             runs, reason = "no", reason or f"would serve, but {chosen} comes first"
-        origin = _origin(entries[name]) if name in entries else "built in"
+        origin = plugins.origin(entries[name]) if name in entries else "built in"
         table.append((name, origin, runs, reason))
-    widths = [max(len(line[column]) for line in table) for column in range(3)]
-    return "\n".join(
-        "  ".join(
-            (*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3])
-        )
-        for line in table
-    )
+    return plugins.table(table)
 
 
 def _why_not_here(name: str, named: str | None, q: Tensor, k: Tensor) -> str | None:
