@@ -2,8 +2,12 @@
 
 from importlib.metadata import version
 
-from rope3d.backends import Backend, explain
+from rope3d.attention_backends import AttentionBackend, GatedAttentionBackend
+from rope3d.attention_case import AttentionCase
+from rope3d.backends import Backend
+from rope3d.explanation import explain
 from rope3d.extrapolation import yarn_scale
+from rope3d.gated_text import GatedText
 from rope3d.layouts import axial, lumina, mrope, paper
 from rope3d.model_layouts import cogvideox, flux, hunyuan_video, lumina2, wan
 from rope3d.positions import grid, pack
@@ -16,7 +20,11 @@ from rope3d.wavelength_plot import plot_wavelengths, wavelengths
 __version__ = version("rope3d")
 
 __all__ = [
+    "AttentionBackend",
+    "AttentionCase",
     "Backend",
+    "GatedAttentionBackend",
+    "GatedText",
     "Rope",
     "Rotation",
     "TimedRope",

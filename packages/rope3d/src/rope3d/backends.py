@@ -19,7 +19,16 @@ from rope3d import plugins
 from rope3d.compile_constant import compile_constant
 from rope3d.reference import REFERENCE
 
-__all__ = ["GROUP", "VARIABLE", "Backend", "choose", "explain", "installed", "load", "refresh"]
+__all__ = [
+    "GROUP",
+    "VARIABLE",
+    "Backend",
+    "choose",
+    "explain_rotation",
+    "installed",
+    "load",
+    "refresh",
+]
 
 #: The entry-point group in which a distribution offers a backend.
 GROUP = "rope3d.backends"
@@ -176,7 +185,7 @@ def _others() -> tuple[str, ...]:
     return tuple(name for name in installed() if name != REFERENCE.name)
 
 
-def explain(q: Tensor, k: Tensor, *, backend: str | None = None) -> str:
+def explain_rotation(q: Tensor, k: Tensor, *, backend: str | None = None) -> str:
     """Tell which backend would rotate these tensors here, and why the others would not.
 
     Args:
@@ -190,11 +199,6 @@ def explain(q: Tensor, k: Tensor, *, backend: str | None = None) -> str:
     Raises:
         ValueError: The name is not installed.
         RuntimeError: Two distributions claim one name.
-
-    >>> import torch
-    >>> q = torch.zeros(1, 4, 2, 8)
-    >>> print(explain(q, q, backend="reference").splitlines()[0].split())
-    ['backend', 'from', 'runs', 'why']
     """
     named = _named(backend)
     entries = installed()
