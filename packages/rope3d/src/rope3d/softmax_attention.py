@@ -288,28 +288,32 @@ def _lengths_of(cu_seqlens: Tensor, q: Tensor) -> list[int]:
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    # Shapes are written out only where something is wrong: that takes longer than the checks.
     if q.ndim not in (3, 4) or k.ndim not in (3, 4) or k.ndim < q.ndim or v.ndim != k.ndim:
         raise ValueError(
-            f"{shapes}: expected all [batch, tokens, heads, head_dim] or all packed "
+            f"{_shapes(q, k, v)}: expected all [batch, tokens, heads, head_dim] or all packed "
             "[total_tokens, heads, head_dim]; transpose [batch, heads, tokens, head_dim] first"
         )
     batches = q.ndim == 3 or q.shape[0] == k.shape[0]
     if k.shape[:-1] != v.shape[:-1] or not batches or q.shape[-1] != k.shape[-1]:
         raise ValueError(
-            f"{shapes}: expected k and v of the same keys and heads, and q of the same batch and "
-            "head_dim as k"
+            f"{_shapes(q, k, v)}: expected k and v of the same keys and heads, and q of the same "
+            "batch and head_dim as k"
         )
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(
-            f"{shapes}: {q.shape[-2]} query heads cannot share {k.shape[-2]} key heads evenly; "
-            "expected heads to be a multiple of kv_heads"
+            f"{_shapes(q, k, v)}: {q.shape[-2]} query heads cannot share {k.shape[-2]} key heads "
+            "evenly; expected heads to be a multiple of kv_heads"
         )
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
         raise ValueError(
             f"q is {q.dtype} on {q.device}, k {k.dtype} on {k.device} and v {v.dtype} on "
             f"{v.device}; expected one dtype and one device"
         )
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
 
 
 def _check_lengths(name: str, lengths: Sequence[int], total: int) -> None:
