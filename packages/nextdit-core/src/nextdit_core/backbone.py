@@ -132,31 +132,16 @@ class Attention(nn.Module):
         k = self.k_norm(self.wk(x)).view(batch, tokens, self.kv_heads, self.head_dim)
         v = self.wv(x).view(batch, tokens, self.kv_heads, self.head_dim)
         q, k = rope3d.rotate(q, k, rotation)
-        if lengths is None:
-            out = rope3d.attention(q, k, v, scale=scale, trained_tokens=trained_tokens)
-        else:
-            out = rope3d.attention(
-                q[0], k[0], v[0], lengths=lengths, scale=scale, trained_tokens=trained_tokens
-            )[None]
+        second = None
         if text is not None:
-            cross = _cross_attention(q, *text, lengths=lengths)
-            out = out + torch.tanh(self.gate)[:, None].to(out.dtype) * cross
-        return self.wo(out.flatten(-2))
-
-
-def _cross_attention(
-    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, *, lengths: tuple[int, ...] | None
-) -> Tensor:
-    """Let every token attend to its own sample's text."""
-    if lengths is None:
-        return rope3d.attention(q, keys, values, key_mask=mask)
-    samples = [
-        rope3d.attention(part[None], keys[i : i + 1], values[i : i + 1], key_mask=mask[i : i + 1])[
-            0
-        ]
-        for i, part in enumerate(q[0].split(lengths))
-    ]
-    return torch.cat(samples)[None]
+            keys, values, mask = text
+            second = rope3d.GatedText(keys, values, self.gate, mask=mask)
+        if lengths is not None:
+            q, k, v = q[0], k[0], v[0]
+        out = rope3d.attention(
+            q, k, v, lengths=lengths, scale=scale, trained_tokens=trained_tokens, text=second
+        )
+        return self.wo(out.reshape(batch, tokens, -1))
 
 
 class FeedForward(nn.Module):
