@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import tomllib
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -23,15 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_DEVICE = 3
-
-#: Batch, tokens, query heads, key heads, head_dim.
-ROTARY = [
-    (1, 4096, 32, 8, 72),
-    (2, 16384, 32, 8, 72),
-    (1, 4096, 16, 16, 96),
-    (1, 8192, 24, 8, 128),
-]
-ROTARY_SMOKE = [(1, 40, 3, 1, 72)]
+SUBJECTS = ("rotation", "norms", "attention", "network")
 
 #: Batch, rows, columns of tokens.
 IMAGES = [(4, 32, 32), (2, 64, 64)]
@@ -44,10 +35,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Test and measure on a CUDA machine.")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU; no result")
     parser.add_argument("--no-tests", action="store_true", help="measure only")
+    parser.add_argument(
+        "--only", choices=SUBJECTS, action="append", help="measure this; may be repeated"
+    )
     parser.add_argument("--measure", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        Path(options.measure).write_text(measure(smoke=options.smoke), encoding="utf-8")
+        sys.path.insert(0, str(ROOT / "benchmarks" / "kernels"))
+        report = measure(options.only or list(SUBJECTS), smoke=options.smoke)
+        Path(options.measure).write_text(report, encoding="utf-8")
         return 0
     if not options.smoke and not has_cuda():
         print("no CUDA device: nothing measured")
@@ -59,9 +55,9 @@ def main() -> int:
             passed, tests = run_tests(Path(folder), environment, smoke=options.smoke)
         table = Path(folder) / "table.md"
         command = [sys.executable, __file__, "--measure", str(table)]
-        subprocess.run(
-            [*command, "--smoke"] if options.smoke else command, env=environment, check=True
-        )
+        command += [word for subject in options.only or () for word in ("--only", subject)]
+        command += ["--smoke"] if options.smoke else []
+        subprocess.run(command, env=environment, check=True)
         report = f"{table.read_text(encoding='utf-8')}\nGPU tests: {tests}\n"
     print(f"\n{report}")
     if options.smoke:
@@ -157,20 +153,19 @@ def write(report: str) -> Path:
 # What follows runs in its own process, with the packages on its path.
 
 
-def measure(*, smoke: bool) -> str:
+def measure(subjects: list[str], *, smoke: bool) -> str:
     """Time everything and give the report as Markdown."""
-    title = "# Smoke run on the CPU: no measurement" if smoke else "# Rotary embedding and Next-DiT"
+    from subjects import tables
+
+    title = "# Smoke run on the CPU: no measurement" if smoke else "# Kernels and Next-DiT"
     rounds = 2 if smoke else 50
-    return "\n\n".join(
-        [
-            title,
-            conditions(smoke=smoke),
-            f"## Rotary embedding of q and k, bfloat16, median of {rounds} rounds",
-            rotary(ROTARY_SMOKE if smoke else ROTARY, rounds, smoke=smoke),
-            f"## Next-DiT, bfloat16, not compiled, median of {max(2, rounds // 5)} rounds",
-            network(IMAGES_SMOKE if smoke else IMAGES, max(2, rounds // 5), smoke=smoke),
-        ]
-    )
+    parts = [title, conditions(smoke=smoke)]
+    parts.append(tables([name for name in subjects if name != "network"], rounds, smoke=smoke))
+    if "network" in subjects:
+        rounds = max(2, rounds // 5)
+        parts.append(f"## Next-DiT, bfloat16, not compiled, median of {rounds} rounds")
+        parts.append(network(IMAGES_SMOKE if smoke else IMAGES, rounds, smoke=smoke))
+    return "\n\n".join(parts)
 
 
 def conditions(*, smoke: bool) -> str:
@@ -200,118 +195,8 @@ def conditions(*, smoke: bool) -> str:
     return "\n".join(f"- {name}: {value}" for name, value in facts.items())
 
 
-def interleaved(
-    runs: dict[str, Callable[[], object]], rounds: int, *, smoke: bool
-) -> dict[str, float]:
-    """Run each in turn, round after round, from a cold L2 cache; give medians in seconds."""
-    import torch
-
-    for run in runs.values():  # compiles, and fills the allocator
-        for _ in range(1 if smoke else 3):
-            run()
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    if smoke:
-        for _ in range(rounds):
-            for name, run in runs.items():
-                begin = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - begin)
-        return {name: statistics.median(values) for name, values in times.items()}
-    cold = torch.empty(512 * 2**20, dtype=torch.uint8, device="cuda")
-    for _ in range(rounds):
-        for name, run in runs.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            cold.zero_()  # also lets the host run ahead of the device
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            times[name].append(begin.elapsed_time(end) / 1e3)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def host_time(run: Callable[[], object], *, smoke: bool) -> float:
-    """Give the seconds that the host spends in one call, median of 100, device idle before each."""
-    import torch
-
-    times: list[float] = []
-    for _ in range(2 if smoke else 100):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-        if not smoke:
-            torch.cuda.synchronize()
-    return statistics.median(times)
-
-
-def rotary(shapes: list[tuple[int, int, int, int, int]], rounds: int, *, smoke: bool) -> str:
-    import torch
-
-    import rope3d
-
-    device = "cpu" if smoke else "cuda"
-    rows = [("B, T, H, H_kv, D", "what", "device µs", "GB/s", "of copy", "host µs")]
-    for batch, tokens, heads, kv_heads, width in shapes:
-        torch.compiler.reset()
-        torch.manual_seed(0)
-        inputs = [
-            torch.randn(batch, tokens, count, width, device=device, dtype=torch.bfloat16)
-            for count in (heads, kv_heads)
-        ]
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        cotangents = [torch.randn_like(x) for x in inputs]
-        positions = torch.rand(tokens, 2, device=device) * 64
-        rotation = rope3d.lumina(width).rotation(positions)
-        moved = 2 * sum(x.nbytes for x in inputs) + rotation.cos.nbytes + rotation.sin.nbytes
-        source = torch.randint(256, (moved // 2,), dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-
-        def rotate(name: str, q: torch.Tensor, k: torch.Tensor, rotation=rotation):
-            return rope3d.rotate(q, k, rotation, backend=name)
-
-        compiled = torch.compile(
-            rotate, fullgraph=True, dynamic=False, backend="aot_eager" if smoke else "inductor"
-        )
-        exact = rope3d.rotate(*(x.double() for x in inputs), rotation, backend="reference")
-        graphs = {name: rotate(name, *leaves) for name in ("triton", "reference")}
-        for ours in (graphs["triton"], graphs["reference"], compiled("reference", *inputs)):
-            for mine, theirs in zip(ours, exact, strict=True):
-                torch.testing.assert_close(mine.double(), theirs, atol=2.0**-6, rtol=2.0**-6)
-        backward = {
-            name: torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
-            for name, outputs in graphs.items()
-        }
-        for mine, theirs in zip(backward["triton"], backward["reference"], strict=True):
-            torch.testing.assert_close(mine, theirs, atol=2.0**-5, rtol=2.0**-5)
-        del exact, backward
-
-        def turn_back(name: str, graphs=graphs, leaves=leaves, cotangents=cotangents):
-            return torch.autograd.grad(graphs[name], leaves, cotangents, retain_graph=True)
-
-        runs: dict[str, Callable[[], object]] = {
-            "device copy": lambda target=target, source=source: target.copy_(source),
-            "triton": lambda rotate=rotate, x=inputs: rotate("triton", *x),
-            "reference": lambda rotate=rotate, x=inputs: rotate("reference", *x),
-            "reference, torch.compile": lambda f=compiled, x=inputs: f("reference", *x),
-            "triton, backward": lambda f=turn_back: f("triton"),
-            "reference, backward": lambda f=turn_back: f("reference"),
-        }
-        medians = interleaved(runs, rounds, smoke=smoke)
-        for name, seconds in medians.items():
-            rows.append(
-                (
-                    f"{batch}, {tokens}, {heads}, {kv_heads}, {width}",
-                    name,
-                    f"{seconds * 1e6:.1f}",
-                    f"{moved / seconds / 1e9:.0f}",
-                    f"{medians['device copy'] / seconds:.2f}",
-                    f"{host_time(runs[name], smoke=smoke) * 1e6:.1f}",
-                )
-            )
-    return markdown(rows)
-
-
 def network(images: list[tuple[int, int, int]], rounds: int, *, smoke: bool) -> str:
+    import contest
     import torch
 
     from nextdit_core import NextDiT, NextDiTConfig, Tokens
@@ -363,7 +248,8 @@ def network(images: list[tuple[int, int, int]], rounds: int, *, smoke: bool) -> 
         }
         counts = dict.fromkeys(runs, operations) | {"matmul": 2 * size**3}
         counts |= {name: 3 * operations for name in runs if name.startswith("training")}
-        medians = interleaved(runs, rounds, smoke=smoke)
+        times = contest.timed(runs, rounds, smoke=smoke)
+        medians = {name: statistics.median(values) for name, values in times.items()}
         rates = {name: counts[name] / seconds / 1e12 for name, seconds in medians.items()}
         for name, seconds in medians.items():
             rows.append(
@@ -375,7 +261,7 @@ def network(images: list[tuple[int, int, int]], rounds: int, *, smoke: bool) -> 
                     f"{rates[name] / rates['matmul']:.2f}",
                 )
             )
-    return f"{parameters / 1e6:.0f} million parameters, {config}\n\n{markdown(rows)}"
+    return f"{parameters / 1e6:.0f} million parameters, {config}\n\n{contest.markdown(rows)}"
 
 
 def forward_operations(model, batch: int, tokens: int) -> int:
@@ -390,11 +276,6 @@ def forward_operations(model, batch: int, tokens: int) -> int:
     config = model.config
     attention = 4 * batch * tokens**2 * config.width * config.layers
     return batch * tokens * per_token + attention
-
-
-def markdown(rows: list[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 if __name__ == "__main__":

@@ -52,11 +52,14 @@ def define(
     if backward is None or setup_context is None:
         setup_context, backward = _save_nothing, _refusal(name)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context)
-    members = {
-        "forward": staticmethod(launch),
-        "setup_context": staticmethod(setup_context),
-        "backward": staticmethod(backward),
-    }
+
+    # Not with its own `setup_context`: PyTorch then binds the signature of forward at every call.
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = launch(*arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     differentiable: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Any:
