@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_public_names_are_these():
     assert fs.__all__ == [
+        "Method",
         "Plan",
         "Row",
         "Schedule",
@@ -23,13 +24,13 @@ def test_public_names_are_these():
         "__version__",
         "cosine",
         "guided",
+        "method",
         "plan",
         "schedule",
         "shift",
         "sigmoid",
         "solve",
         "solvers",
-        "tableau",
         "uniform",
     ]
     assert all(hasattr(fs, name) for name in fs.__all__)

@@ -37,7 +37,7 @@ def install(monkeypatch):
 def test_a_strangers_solver_is_found_by_name(install):
     install(("stranger", "mine", "flowsolvers.tableaus:HEUN"))
     assert fs.solvers() == ("mine",)
-    assert fs.tableau("mine") is HEUN
+    assert fs.method("mine") is HEUN
     assert fs.plan("mine", nfe=4).solver == "mine"
 
 
@@ -63,7 +63,7 @@ def test_listing_imports_nothing_and_reads_metadata_once(install):
 
 def test_two_distributions_claiming_one_name_are_both_named(install):
     install(("one", "mine", "flowsolvers.tableaus:HEUN"), ("two", "mine", "math:pi"))
-    for ask in (fs.solvers, lambda: fs.tableau("mine"), lambda: fs.plan("mine", nfe=2)):
+    for ask in (fs.solvers, lambda: fs.method("mine"), lambda: fs.plan("mine", nfe=2)):
         with pytest.raises(ValueError, match=r"'mine': one 1\.2 and two 1\.2; uninstall"):
             ask()
 
@@ -71,15 +71,15 @@ def test_two_distributions_claiming_one_name_are_both_named(install):
 def test_a_failed_load_names_distribution_version_and_cause(install):
     install(("stranger", "mine", "no_such_module:X"), (None, "other", "no_such_module:X"))
     with pytest.raises(ValueError, match=r"stranger 1\.2 failed .* No module named 'no_such_mod"):
-        fs.tableau("mine")
+        fs.method("mine")
     with pytest.raises(ValueError, match="of an unnamed distribution failed"):
-        fs.tableau("other")
+        fs.method("other")
 
 
 def test_what_is_not_a_tableau_is_refused(install):
     install(("stranger", "mine", "math:pi"))
     with pytest.raises(ValueError, match=r"stranger 1\.2 is a float; .* flowsolvers\.Tableau"):
-        fs.tableau("mine")
+        fs.method("mine")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowsolvers as fs
 
+RUNGE_KUTTA = [name for name in fs.solvers() if isinstance(fs.method(name), fs.Tableau)]
 GRIDS = [fs.uniform(), fs.shift(4.0), fs.cosine()]
 
 
@@ -82,7 +83,7 @@ TEXTBOOK = [euler, midpoint, heun, ralston, heun3, kutta3, ralston3, ssprk3, rk4
 @pytest.mark.parametrize("grid", [*GRIDS, fs.sigmoid()], ids=str)
 @pytest.mark.parametrize("step", TEXTBOOK, ids=lambda step: step.__name__)
 def test_trajectory_equals_the_textbook(step, grid, mixture_flow):
-    stages = fs.tableau(step.__name__).stages
+    stages = fs.method(step.__name__).stages
     seen = []
 
     def velocity(t, x):
@@ -99,9 +100,9 @@ def test_trajectory_equals_the_textbook(step, grid, mixture_flow):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("solver", fs.solvers())
+@pytest.mark.parametrize("solver", RUNGE_KUTTA)
 def test_measured_order_is_the_nominal_one(solver, grid, mixture_flow):
-    method = fs.tableau(solver)
+    method = fs.method(solver)
     steps = np.array([64, 96, 128, 192]) if method.order > 2 else np.array([128, 192, 256, 384])
     errors = []
     for n in steps:
@@ -117,10 +118,10 @@ def test_measured_order_is_the_nominal_one(solver, grid, mixture_flow):
     assert slope == pytest.approx(method.order, abs=0.15)
 
 
-@pytest.mark.parametrize("solver", fs.solvers())
+@pytest.mark.parametrize("solver", RUNGE_KUTTA)
 def test_linear_flow_is_the_truncated_exponential(solver):
     # On dx/dt = x a method of order p = stages makes each step Σ_{k≤p} h^k / k!.
-    method = fs.tableau(solver)
+    method = fs.method(solver)
     assert method.order == method.stages
     x = fs.solve(
         lambda t, x: x, torch.ones(1, dtype=torch.float64), nfe=5 * method.stages, solver=solver
@@ -129,12 +130,14 @@ def test_linear_flow_is_the_truncated_exponential(solver):
     assert x.item() == pytest.approx(step**5, rel=1e-14)
 
 
+# The exponential ones take velocities apart by 1 / (1 - t) and put them together again.
 @pytest.mark.parametrize("solver", fs.solvers())
 @pytest.mark.parametrize("nfe", [1, 3, 7, 10])
 def test_straight_flow_is_exact_for_every_budget(solver, nfe):
     noise, data = torch.randn(2, 3, 4, dtype=torch.float64).unbind()
     x = fs.solve(lambda t, x: data - noise, noise, nfe=nfe, solver=solver, schedule=fs.sigmoid()).x
-    torch.testing.assert_close(x, data, rtol=0, atol=1e-14)
+    tolerance = 1e-14 if solver in RUNGE_KUTTA else 1e-13
+    torch.testing.assert_close(x, data, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("solver", fs.solvers())
@@ -213,7 +216,7 @@ def test_nothing_reads_a_value_from_the_device(solver):
     assert (x.device.type, x.shape) == ("meta", (3,))
 
 
-@pytest.mark.parametrize("solver", fs.solvers())
+@pytest.mark.parametrize("solver", RUNGE_KUTTA)
 def test_live_state_is_at_most_stages_plus_two(solver):
     shape = (3, 5, 7, 11)  # one that nothing else in this process has
     peak = 0
@@ -226,14 +229,14 @@ def test_live_state_is_at_most_stages_plus_two(solver):
             peak = max(peak, len({o.data_ptr() for o in live}))
             return out
 
-    plan = fs.plan(solver, nfe=2 * fs.tableau(solver).stages)
+    plan = fs.plan(solver, nfe=2 * fs.method(solver).stages)
     gc.freeze()  # hides what lived before from gc.get_objects
     try:
         with Count():
             fs.solve(lambda t, x: x.neg(), torch.ones(shape), plan=plan)
     finally:
         gc.unfreeze()
-    assert 0 < peak - 1 <= fs.tableau(solver).stages + 2  # x0 is the caller's
+    assert 0 < peak - 1 <= fs.method(solver).stages + 2  # x0 is the caller's
 
 
 @pytest.mark.parametrize("solver", fs.solvers())

@@ -7,14 +7,17 @@ A solver is a table of floats known before the first model call (`plan`), and on
 from importlib.metadata import version
 
 from flowsolvers.guidance import guided
-from flowsolvers.plan import Plan, Row, Step, plan
-from flowsolvers.registry import solvers, tableau
+from flowsolvers.layout import plan
+from flowsolvers.method import Method
+from flowsolvers.plan import Plan, Row, Step
+from flowsolvers.registry import method, solvers
 from flowsolvers.schedules import Schedule, cosine, schedule, shift, sigmoid, uniform
 from flowsolvers.solve import Solution, solve
 from flowsolvers.tableaus import Tableau
 from flowsolvers.velocity import Velocity
 
 __all__ = [
+    "Method",
     "Plan",
     "Row",
     "Schedule",
@@ -25,13 +28,13 @@ __all__ = [
     "__version__",
     "cosine",
     "guided",
+    "method",
     "plan",
     "schedule",
     "shift",
     "sigmoid",
     "solve",
     "solvers",
-    "tableau",
     "uniform",
 ]
 

@@ -1,81 +1,84 @@
-"""The whole solver as a table of floats, known before the first model call."""
+"""The whole solver as a table of floats, known before the first model call.
+
+The state x and what was kept of earlier evaluations r_0, r_1, ... are combined with numbers that
+depend on the times alone. Runge-Kutta, multistep, predictor-corrector and exponential methods
+are all such tables.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from numbers import Integral
+from typing import Any
 
-from flowsolvers.registry import tableau
-from flowsolvers.schedules import Schedule, uniform
-from flowsolvers.tableaus import EULER, KUTTA3, MIDPOINT, RK4, Tableau
-
-__all__ = ["Plan", "Row", "Step", "plan"]
-
-#: What spends a remainder of 1, 2, 3 or 4 evaluations.
-_FILLERS = (EULER, MIDPOINT, KUTTA3, RK4)
+__all__ = ["Plan", "Row", "Step"]
 
 #: Version of what `Plan.to_json` writes.
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluation, v_i = velocity(t, x + Σ_j weights[j]·v_j) over the step's earlier v_j.
+    """One evaluation at a point, and what is kept of it.
+
+    point = scale·x + Σ_j weights[j]·r_j;  v = velocity(t, point);  r = keep[0]·point + keep[1]·v
 
     Args:
         t: Time of the evaluation, 0 = noise and 1 = data.
-        weights: Of the velocities before this one in the step, oldest first, the length of the
-            step multiplied in. x is the state at the step's start.
+        weights: Of what was kept of the evaluations before this one, the newest last, also
+            across steps; older ones than there are weights count 0.
+        scale: Of x, the state at the step's start.
+        keep: What later rows and ends combine: (0, 1) keeps the velocity; (1, 1 - t) the
+            prediction of the data.
 
     Example:
+        >>> from flowsolvers import plan
         >>> plan("midpoint", nfe=2).steps[0].rows[1]
-        Row(t=0.5, weights=(0.5,))
+        Row(t=0.5, weights=(0.5,), scale=1.0, keep=(0.0, 1.0))
     """
 
     t: float
     weights: tuple[float, ...]
+    scale: float = 1.0
+    keep: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Step:
-    """From one time to the next, x ← x + Σ_i weights[i]·v_i.
+    """From one time to the next, x ← scale·x + Σ_i weights[i]·r_i.
 
     Args:
         t: Where the step starts.
         t_next: Where it ends.
-        rows: The evaluations, in order; row i has i weights.
-        weights: One for each row, the length of the step multiplied in.
+        rows: The evaluations, in order; none where those of earlier steps suffice.
+        weights: Of what was kept, the newest last, also across steps.
+        scale: Of x, the state at the step's start.
 
     Raises:
-        ValueError: The step does not go forward, the numbers of weights do not fit, or a
-            number is not finite.
+        ValueError: The step does not go forward, or a number is not finite.
 
     Example:
-        >>> plan("euler", nfe=2).steps[1]
-        Step(t=0.5, t_next=1.0, rows=(Row(t=0.5, weights=()),), weights=(0.5,))
+        >>> from flowsolvers import plan
+        >>> plan("euler", nfe=2).steps[1].weights
+        (0.5,)
     """
 
     t: float
     t_next: float
     rows: tuple[Row, ...]
     weights: tuple[float, ...]
+    scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Prove the shape."""
+        """Prove that it goes forward, in numbers."""
         if not self.t < self.t_next:
             raise ValueError(f"a step must go forward, got t={self.t!r} to {self.t_next!r}")
-        found = [*(len(row.weights) for row in self.rows), len(self.weights)]
-        if not self.rows or found != list(range(len(self.rows) + 1)):
-            raise ValueError(
-                f"the step at t={self.t} needs one row or more, row i with i weights, and one "
-                f"weight for each row at its end; got {found[:-1]} and {found[-1]} weights"
-            )
-        numbers = [self.t, self.t_next, *self.weights]
-        numbers += [number for row in self.rows for number in (row.t, *row.weights)]
+        numbers = [self.t, self.t_next, self.scale, *self.weights]
+        for row in self.rows:
+            numbers += [row.t, row.scale, *row.keep, *row.weights]
         if not all(map(math.isfinite, numbers)):
             raise ValueError(f"the step at t={self.t} holds a number that is not finite")
 
@@ -90,9 +93,11 @@ class Plan:
         steps: In order, each starting where the one before it ends, within [0, 1].
 
     Raises:
-        ValueError: There is no step, or the steps do not follow one another.
+        ValueError: There is no step, the steps do not follow one another, or a weight refers to
+            an evaluation before the first.
 
     Example:
+        >>> from flowsolvers import plan
         >>> print(plan("midpoint", nfe=2))
         midpoint on uniform: 2 evaluations in 1 step
         step  eval        t  point
@@ -104,6 +109,8 @@ class Plan:
     solver: str
     schedule: str
     steps: tuple[Step, ...]
+    #: After each step, how many of the newest evaluations later rows or ends combine.
+    carried: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Prove that the steps are one path."""
@@ -120,6 +127,13 @@ class Plan:
                     f"a step ends at t={before.t_next!r}, but the next starts at {after.t!r}; "
                     f"steps must follow one another"
                 )
+        kept = 0
+        for step in self.steps:
+            for row in step.rows:
+                _check_reach(row.weights, kept, row.t)
+                kept += 1
+            _check_reach(step.weights, kept, step.t_next)
+        object.__setattr__(self, "carried", self._count_carried())
 
     @property
     def nfe(self) -> int:
@@ -130,15 +144,28 @@ class Plan:
         """Draw the table, one line for each evaluation and each step's end."""
         return "\n".join(self._lines())
 
+    def _count_carried(self) -> tuple[int, ...]:
+        carried: list[int] = []
+        need = 0  # how far back what follows reaches
+        for step in reversed(self.steps):
+            carried.append(need)
+            need = max(need, len(step.weights))
+            for row in reversed(step.rows):
+                need = max(need - 1, len(row.weights))
+        return tuple(reversed(carried))
+
     def _lines(self) -> Iterator[str]:
         steps = f"{len(self.steps)} step{'s' * (len(self.steps) > 1)}"
         evaluations = f"{self.nfe} evaluation{'s' * (self.nfe > 1)}"
         yield f"{self.solver} on {self.schedule}: {evaluations} in {steps}"
         yield "step  eval        t  point"
+        names: list[str] = []
         for n, step in enumerate(self.steps, start=1):
-            for i, row in enumerate(step.rows):
-                yield f"{n:4}  {f'v{i}':>4}  {row.t:7.4f}  {_sum(row.weights)}"
-            yield f"{n:4}   end  {step.t_next:7.4f}  {_sum(step.weights)}"
+            for row in step.rows:
+                point = _sum(row.scale, row.weights, names)
+                names.append(f"{'v' if row.keep == (0.0, 1.0) else 'd'}{len(names)}")
+                yield f"{n:4}  {names[-1]:>4}  {row.t:7.4f}  {point}"
+            yield f"{n:4}   end  {step.t_next:7.4f}  {_sum(step.scale, step.weights, names)}"
 
     def to_json(self) -> str:
         """Write the plan as JSON, every float exactly.
@@ -147,10 +174,13 @@ class Plan:
             One JSON object, with the keys format, solver, schedule and steps.
 
         Example:
+            >>> from flowsolvers import plan
             >>> Plan.from_json(plan(nfe=7).to_json()) == plan(nfe=7)
             True
         """
-        return json.dumps({"format": _FORMAT, **asdict(self)}, allow_nan=False)
+        data = {"format": _FORMAT, **asdict(self)}
+        del data["carried"]  # follows from the steps
+        return json.dumps(data, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -166,6 +196,7 @@ class Plan:
             ValueError: The text is not JSON, is of another format, or is not a valid plan.
 
         Example:
+            >>> from flowsolvers import plan
             >>> Plan.from_json(plan("rk4", nfe=4).to_json()).nfe
             4
         """
@@ -177,8 +208,9 @@ class Plan:
                 Step(
                     float(step["t"]),
                     float(step["t_next"]),
-                    tuple(Row(float(row["t"]), _floats(row["weights"])) for row in step["rows"]),
+                    tuple(_row(row) for row in step["rows"]),
                     _floats(step["weights"]),
+                    float(step["scale"]),
                 )
                 for step in data["steps"]
             )
@@ -189,68 +221,23 @@ class Plan:
             ) from error
 
 
-def plan(solver: str = "midpoint", *, nfe: int, schedule: Schedule | None = None) -> Plan:
-    """Lay out a solver on a time grid for an exact number of velocity evaluations.
+def _row(data: dict[str, Any]) -> Row:
+    point, velocity = _floats(data["keep"])
+    return Row(float(data["t"]), _floats(data["weights"]), float(data["scale"]), (point, velocity))
 
-    A method of s stages takes ⌊nfe / s⌋ steps. A remainder is spent on one more step of lower
-    cost, which comes first: 1 left is Euler, 2 midpoint, 3 Kutta's third order, 4 classic RK4
-    (with more than 4 left, which takes a method of 6 stages, several such steps).
-    All steps are equal in u, the schedule's own variable.
 
-    Args:
-        solver: One of `solvers()`.
-        nfe: Velocity evaluations, at least 1, met exactly.
-        schedule: The time grid; `uniform()` when None.
-
-    Returns:
-        The table that `solve` carries out.
-
-    Raises:
-        ValueError: `nfe` is less than 1 or not an integer, the solver is unknown, or the
-            schedule is not a `Schedule` or does not increase at this number of steps.
-
-    Convention: the remainder comes first, where a grid for few evaluations (shift, sigmoid)
-        has its shortest steps, so that the coarse step is a short one.
-
-    Example:
-        >>> [len(step.rows) for step in plan("rk4", nfe=10).steps]
-        [2, 4, 4]
-    """
-    if not isinstance(nfe, Integral) or nfe < 1:
-        raise ValueError(f"nfe must be an integer of at least 1, got {nfe!r}")
-    time_grid = uniform() if schedule is None else schedule
-    if not isinstance(time_grid, Schedule):
+def _check_reach(weights: tuple[float, ...], kept: int, t: float) -> None:
+    if len(weights) > kept:
         raise ValueError(
-            f"schedule must be a Schedule, got {schedule!r}; make one, as in "
-            f"flowsolvers.schedule('shift:4')"
+            f"the point at t={t} combines {len(weights)} evaluations, but {kept} come before it"
         )
-    method = tableau(solver)
-    whole, remainder = divmod(int(nfe), method.stages)
-    methods = [*_fill(remainder), *[method] * whole]
-    times = time_grid.grid(len(methods))
-    steps = [_step(one, *ends) for one, ends in zip(methods, pairwise(times), strict=True)]
-    return Plan(solver, str(time_grid), tuple(steps))
 
 
-def _fill(remainder: int) -> Iterator[Tableau]:
-    while remainder:
-        filler = _FILLERS[min(remainder, len(_FILLERS)) - 1]
-        yield filler
-        remainder -= filler.stages
-
-
-def _step(method: Tableau, t: float, t_next: float) -> Step:
-    h = t_next - t
-    rows = tuple(
-        Row(t_next if c == 1.0 else t + c * h, tuple(h * weight for weight in a))
-        for c, a in zip(method.c, method.a, strict=True)
-    )
-    return Step(t, t_next, rows, tuple(h * weight for weight in method.b))
-
-
-def _sum(weights: tuple[float, ...]) -> str:
-    terms = (f" {'-' if w < 0 else '+'} {abs(w):.4g} v{j}" for j, w in enumerate(weights) if w)
-    return "x" + "".join(terms)
+def _sum(scale: float, weights: tuple[float, ...], names: list[str]) -> str:
+    text = "x" if scale == 1.0 else f"{scale:.4g} x"
+    recent = names[len(names) - len(weights) :]
+    terms = zip(weights, recent, strict=True)
+    return text + "".join(f" {'-' if w < 0 else '+'} {abs(w):.4g} {r}" for w, r in terms if w)
 
 
 def _floats(values: Iterable[float]) -> tuple[float, ...]:

@@ -1,7 +1,7 @@
 """Find solvers by name through the entry points of installed distributions.
 
 Built-in solvers come through the same door as those of strangers: an entry point of the group
-`flowsolvers.solvers` that names a `Tableau`. Metadata is read once; listing imports nothing.
+`flowsolvers.solvers` that names a `Method`. Metadata is read once; listing imports nothing.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
+from flowsolvers.method import Method
 from flowsolvers.spelling import closest_first
-from flowsolvers.tableaus import Tableau
 
-__all__ = ["GROUP", "solvers", "tableau"]
+__all__ = ["GROUP", "method", "solvers"]
 
 #: The entry-point group that solvers are published in.
 GROUP = "flowsolvers.solvers"
@@ -52,22 +52,22 @@ def solvers() -> tuple[str, ...]:
     return tuple(sorted(_entries()))
 
 
-def tableau(name: str) -> Tableau:
+def method(name: str) -> Method:
     """Load the solver that a name stands for.
 
     Args:
         name: One of `solvers()`.
 
     Returns:
-        Its table of coefficients.
+        The method, such as a `Tableau`.
 
     Raises:
         ValueError: The name is not installed, is claimed by two distributions, cannot be
-            imported, or is not a `Tableau`.
+            imported, or is not a `Method`.
 
     Example:
-        >>> tableau("heun").b
-        (0.5, 0.5)
+        >>> method("heun").order
+        2
     """
     entry = _entries().get(name)
     if entry is None:
@@ -80,9 +80,9 @@ def tableau(name: str) -> Tableau:
             f"solver {name!r} of {_origin(entry)} failed to load from {entry.value}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    if not isinstance(loaded, Tableau):
+    if not isinstance(loaded, Method):
         raise ValueError(
-            f"solver {name!r} of {_origin(entry)} is a {type(loaded).__name__}; "
-            f"its entry point {entry.value} must name a flowsolvers.Tableau"
+            f"solver {name!r} of {_origin(entry)} is a {type(loaded).__name__}; its entry point "
+            f"{entry.value} must name a flowsolvers.Method, such as a flowsolvers.Tableau"
         )
     return loaded

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flowsolvers.plan import Plan
-from flowsolvers.plan import plan as lay_out
+from flowsolvers.layout import plan as lay_out
+from flowsolvers.plan import Plan, Row, Step
 from flowsolvers.schedules import Schedule
 from flowsolvers.velocity import Velocity
 
@@ -80,34 +79,50 @@ def solve(
 
 
 def _execute(velocity: Velocity, x0: Tensor, plan: Plan) -> Tensor:
-    state = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    state, model = torch.float64 if x0.dtype == torch.float64 else torch.float32, x0.dtype
     times = [row.t for step in plan.steps for row in step.rows]
     clock = iter(torch.tensor(times, dtype=state, device=x0.device).unbind())
     x = x0.to(state)
-    for step in plan.steps:
-        velocities: list[Tensor] = []
+    shape = x.shape
+    kept: list[Tensor] = []  # of earlier evaluations, the newest last
+    for step, carried in zip(plan.steps, plan.carried, strict=True):
         for row in step.rows:
-            # The point stays unnamed, so that it is freed as soon as the model lets go of it.
-            v = velocity(next(clock), _cast(_add(x, row.weights, velocities), x0.dtype))
-            if v.shape != x.shape:
+            point = x if row.scale == 1.0 and not row.weights else _combine(x, row, kept)
+            v = velocity(next(clock), point if point.dtype == model else point.to(model))
+            if v.shape != shape:
                 raise ValueError(
-                    f"velocity returned shape {tuple(v.shape)} for x of shape {tuple(x.shape)}; "
+                    f"velocity returned shape {tuple(v.shape)} for x of shape {tuple(shape)}; "
                     f"it must return dx/dt, shaped like x"
                 )
-            velocities.append(_cast(v, state))
-        x = _add(x, step.weights, velocities)
+            if v.dtype != state:
+                v = v.to(state)
+            kept.append(v if row.keep == _VELOCITY else _keep(point, v, row.keep))
+            del point, v  # what the model made is freed as soon as nothing needs it
+        x = _combine(x, step, kept)
+        del kept[: len(kept) - carried]
     return x
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert; the comparison is there because `to` costs nearly an addition even as a no-op."""
-    return x if x.dtype == dtype else x.to(dtype)
+#: Keep the velocity itself.
+_VELOCITY = (0.0, 1.0)
 
 
-def _add(x: Tensor, weights: Sequence[float], velocities: Sequence[Tensor]) -> Tensor:
-    """Return x + Σ_i weights[i]·velocities[i]; x is untouched, and at most one tensor is made."""
-    total = x
-    for weight, v in zip(weights, velocities, strict=True):
+def _keep(point: Tensor, v: Tensor, weights: tuple[float, float]) -> Tensor:
+    scaled = point if weights[0] == 1.0 else point * weights[0]
+    return scaled.add(v, alpha=weights[1])
+
+
+def _combine(x: Tensor, table: Row | Step, kept: list[Tensor]) -> Tensor:
+    """Return scale·x + Σ_i weights[i]·kept; x is untouched, and at most one tensor is made."""
+    total, weights = x, table.weights
+    if table.scale != 1.0:
+        total = x * table.scale
+    index = -len(weights)
+    for weight in weights:
         if weight:
-            total = x.add(v, alpha=weight) if total is x else total.add_(v, alpha=weight)
+            if total is x:
+                total = x.add(kept[index], alpha=weight)
+            else:
+                total.add_(kept[index], alpha=weight)
+        index += 1
     return total

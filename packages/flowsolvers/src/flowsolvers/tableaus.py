@@ -13,7 +13,12 @@ ends at x + h·Σ_i b_i·k_i. As usual the table is drawn c | a over b:
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+
+from flowsolvers.method import Grid
+from flowsolvers.plan import Row, Step
 
 __all__ = [
     "EULER",
@@ -82,6 +87,27 @@ class Tableau:
         """Velocity evaluations in one step."""
         return len(self.b)
 
+    def lay_out(self, nfe: int, grid: Grid) -> tuple[Step, ...]:
+        """Write ⌊nfe / stages⌋ steps, and before them what spends the remainder.
+
+        A remainder of 1 is spent on Euler's step, of 2 on the midpoint rule, of 3 on Kutta's
+        third order, of 4 on classic RK4; with more than 4 left, on several of these. It comes
+        first, where a grid for few evaluations (shift, sigmoid) has its shortest steps, so that
+        the coarse step is a short one.
+        """
+        whole, remainder = divmod(nfe, self.stages)
+        methods = [*_fill(remainder), *[self] * whole]
+        times = grid(len(methods))
+        return tuple(m._step(*ends) for m, ends in zip(methods, pairwise(times), strict=True))
+
+    def _step(self, t: float, t_next: float) -> Step:
+        h = t_next - t
+        rows = tuple(
+            Row(t_next if c == 1.0 else t + c * h, tuple(h * weight for weight in a))
+            for c, a in zip(self.c, self.a, strict=True)
+        )
+        return Step(t, t_next, rows, tuple(h * weight for weight in self.b))
+
 
 #: Euler, Institutionum calculi integralis (1768).
 EULER = Tableau(order=1, c=(0.0,), a=((),), b=(1.0,))
@@ -142,3 +168,13 @@ RK38 = Tableau(
     a=((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
     b=(1 / 8, 3 / 8, 3 / 8, 1 / 8),
 )
+
+#: What spends a remainder of 1, 2, 3 or 4 evaluations.
+_FILLERS = (EULER, MIDPOINT, KUTTA3, RK4)
+
+
+def _fill(remainder: int) -> Iterator[Tableau]:
+    while remainder:
+        filler = _FILLERS[min(remainder, len(_FILLERS)) - 1]
+        yield filler
+        remainder -= filler.stages
