@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from flowsolvers.interpolation import integrals
 from flowsolvers.method import Grid
 from flowsolvers.plan import Row, Step
+from flowsolvers.tableaus import KUTTA3, MIDPOINT, Tableau
 
-__all__ = ["PEC", "Adams"]
+__all__ = ["PEC", "Adams", "Kept", "predict_correct"]
+
+
+class Kept:
+    """When what was kept of each evaluation belongs to, None where it is a Runge-Kutta stage."""
+
+    def __init__(self) -> None:
+        self.times: list[float | None] = []
+
+    def last(self, count: int) -> tuple[float, ...]:
+        """Give the times of the newest evaluations at step ends, oldest first."""
+        return tuple(t for t in self.times if t is not None)[-count:]
+
+    def spread(self, weights: Sequence[float]) -> tuple[float, ...]:
+        """Line up the weights of the newest evaluations at step ends with all that was kept."""
+        left, lined_up = list(weights), []
+        for t in reversed(self.times):
+            if not left:
+                break
+            lined_up.append(0.0 if t is None else left.pop())
+        return tuple(reversed(lined_up))
+
+    def run(self, tableau: Tableau, t: float, t_next: float) -> Step:
+        """Write a Runge-Kutta step."""
+        self.times += [t, *[None] * (tableau.stages - 1)]
+        return tableau.step(t, t_next)
 
 
 @dataclass(frozen=True)
@@ -17,11 +44,12 @@ class Adams:
     """Adams-Bashforth with weights for the steps as they are, one evaluation a step.
 
     x_{n+1} = x_n + Σ_j v_{n-j} ∫ L_j(t) dt over the step, L_j the Lagrange polynomials of the
-    times t_n, t_{n-1}, ... The first steps use the evaluations that there are.
+    times t_n, t_{n-1}, ... Order 3 starts with a step of the midpoint rule and order 4 with two of
+    Kutta's third order, which cost 1 and 4 evaluations more; where the budget is too small for
+    that, the first steps combine the evaluations that there are, and the order is 2.
 
     Args:
-        order: How many velocities are combined, 1 to 4. Started with Euler's step, the error of
-            the first step keeps orders above 2 near 2 on a uniform grid.
+        order: How many velocities are combined, 1 to 4.
 
     Raises:
         ValueError: `order` is not 1 to 4.
@@ -41,12 +69,19 @@ class Adams:
         _check_order(self.order, 4)
 
     def lay_out(self, nfe: int, grid: Grid) -> tuple[Step, ...]:
-        """Write `nfe` steps of one evaluation each."""
-        times = grid(nfe)
-        steps: list[Step] = []
-        for n, (t, t_next) in enumerate(pairwise(times)):
-            known = times[max(0, n + 1 - self.order) : n + 1]
-            steps.append(Step(t, t_next, (Row(t, ()),), integrals(known, t, t_next)))
+        """Write the steps."""
+        tableau, count = {3: (MIDPOINT, 1), 4: (KUTTA3, 2)}.get(self.order, (MIDPOINT, 0))
+        extra = count * (tableau.stages - 1)
+        if nfe < 2 * count + extra:
+            count = extra = 0
+        kept, steps = Kept(), []
+        for n, (t, t_next) in enumerate(pairwise(grid(nfe - extra))):
+            if n < count:
+                steps.append(kept.run(tableau, t, t_next))
+                continue
+            kept.times.append(t)
+            weights = integrals(kept.last(self.order), t, t_next)
+            steps.append(Step(t, t_next, (Row(t, ()),), kept.spread(weights)))
         return tuple(steps)
 
 
@@ -57,13 +92,15 @@ class PEC:
     p = x_n + Σ_{j<k} a_j v_{n-j};  v_{n+1} = v(t_{n+1}, p);  x_{n+1} = x_n + Σ_{j≤k} m_j v_{n+1-j}
 
     One evaluation a step: the one at the predicted point also starts the next step. The last
-    step only predicts. The first steps use the evaluations that there are.
+    step only predicts. The first steps combine the evaluations that there are, which is enough
+    for orders 2 and 3; order 4 begins with a step of Kutta's third order, which costs 2
+    evaluations more, from 16 evaluations on.
 
     Args:
-        order: k, how many velocities predict, 1 to 3; the order of convergence is k + 1.
+        predictor: k, how many velocities predict, 1 to 3; the order of convergence is k + 1.
 
     Raises:
-        ValueError: `order` is not 1 to 3.
+        ValueError: `predictor` is not 1 to 3.
 
     Source: Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, III.1 and III.5,
         in the mode PEC; that the corrector's evaluation is worth reusing in a sampler is UniPC's
@@ -87,30 +124,44 @@ class PEC:
         return self.predictor + 1
 
     def lay_out(self, nfe: int, grid: Grid) -> tuple[Step, ...]:
-        """Write `nfe` steps, two evaluations in the first and none in the last."""
-        return predict_correct(grid(nfe), [self.predictor] * nfe)
+        """Write the steps."""
+        if self.predictor < 3 or nfe < 16:
+            return predict_correct(grid(nfe), [self.predictor] * nfe)
+        times = grid(nfe - (KUTTA3.stages - 1))
+        return predict_correct(times, [self.predictor] * (len(times) - 1), KUTTA3)
 
 
-def predict_correct(times: tuple[float, ...], orders: list[int]) -> tuple[Step, ...]:
-    """Write a PEC method whose number of velocities differs between steps.
+def predict_correct(
+    times: tuple[float, ...], predictors: Sequence[int], start: Tableau | None = None
+) -> tuple[Step, ...]:
+    """Write a PEC method whose number of velocities may differ between steps.
 
     Args:
         times: Ends of the steps.
-        orders: For each step, how many velocities predict; fewer where there are fewer.
+        predictors: For each step, how many velocities predict; fewer where there are fewer.
+        start: A Runge-Kutta method for the first step; None predicts and corrects there too.
 
     Returns:
-        The steps, with one row fewer in the last and one more in the first.
+        The steps. One row each, but two in the first step that predicts, and none in the last.
     """
-    steps: list[Step] = []
+    kept, steps = Kept(), []
     for n, (t, t_next) in enumerate(pairwise(times)):
-        known = times[max(0, n + 1 - orders[n]) : n + 1]  # the times that predict, oldest first
-        predict = integrals(known, t, t_next)
-        rows = [Row(t, ())] if n == 0 else []
+        if n == 0 and start is not None and len(times) > 2:
+            steps.append(kept.run(start, t, t_next))
+            continue
+        rows: list[Row] = []
+        if t not in kept.times:
+            rows.append(Row(t, ()))
+            kept.times.append(t)
+        known = kept.last(predictors[n])
+        predict = kept.spread(integrals(known, t, t_next))
         if n == len(times) - 2:
             steps.append(Step(t, t_next, tuple(rows), predict))
             continue
         rows.append(Row(t_next, predict))
-        steps.append(Step(t, t_next, tuple(rows), integrals((*known, t_next), t, t_next)))
+        kept.times.append(t_next)
+        correct = kept.spread(integrals((*known, t_next), t, t_next))
+        steps.append(Step(t, t_next, tuple(rows), correct))
     return tuple(steps)
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from flowsolvers.interpolation import integrals
+from flowsolvers.adams import Kept
+from flowsolvers.interpolation import integrals, lagrange
 from flowsolvers.method import Grid
 from flowsolvers.plan import Row, Step
 
@@ -25,13 +26,14 @@ Variable = Literal["log-snr", "log-sigma"]
 class Exponential:
     """Adams-Bashforth on D with the exact linear part, one evaluation a step.
 
-    In s = -log sigma: x' = (sigma'/sigma) x + Σ_j D_j ∫ e^(s - s') L_j ds, free of singularities
-    at t = 0. In lambda = log(t / sigma), where DPM-Solver++ works, the factor is
-    t' e^(lambda - lambda'). The last step, at whose end both are infinite, is first order: it
-    goes to D. So is the first in lambda, which is infinite at t = 0.
+    In s = -log sigma: x' = (sigma'/sigma) x + Σ_j D_j ∫ e^(s - s') L_j ds. In lambda =
+    log(t / sigma), where DPM-Solver++ works, the factor is t' e^(lambda - lambda'); steps that
+    combine a prediction of t = 0, where lambda is infinite, are taken in s. At t = 1 both are
+    infinite and the flow ends in D, which the last step extrapolates in t. Order 3 starts with a
+    step of the midpoint rule, which costs 1 evaluation more.
 
     Args:
-        order: How many predictions are combined, 1 to 4.
+        order: How many predictions are combined, 1 to 3.
         variable: "log-sigma" (s) or "log-snr" (lambda).
 
     Raises:
@@ -50,22 +52,40 @@ class Exponential:
 
     def __post_init__(self) -> None:
         """Refuse what is not a method."""
-        if self.order not in range(1, 5) or self.variable not in ("log-snr", "log-sigma"):
+        if self.order not in range(1, 4) or self.variable not in ("log-snr", "log-sigma"):
             raise ValueError(
-                f"order must be 1 to 4 and variable 'log-sigma' or 'log-snr', got {self.order!r} "
+                f"order must be 1 to 3 and variable 'log-sigma' or 'log-snr', got {self.order!r} "
                 f"and {self.variable!r}"
             )
 
     def lay_out(self, nfe: int, grid: Grid) -> tuple[Step, ...]:
-        """Write `nfe` steps of one evaluation each."""
-        times = grid(nfe)
-        steps: list[Step] = []
-        for n, (t, t_next) in enumerate(pairwise(times)):
-            nodes = times[max(0, n + 1 - self.order) : n + 1]
+        """Write the steps."""
+        start = self.order == 3 and nfe >= 4
+        kept, steps = Kept(), []
+        for n, (t, t_next) in enumerate(pairwise(grid(nfe - start))):
+            if n == 0 and start:
+                kept.times += [t, None]
+                steps.append(_midpoint(t, t_next))
+                continue
+            kept.times.append(t)
+            weights = exponential_weights(kept.last(self.order), t, t_next, self.variable)
             row = Row(t, (), keep=(1.0, 1.0 - t))
-            weights = exponential_weights(nodes, t, t_next, self.variable)
-            steps.append(Step(t, t_next, (row,), weights, scale=(1.0 - t_next) / (1.0 - t)))
+            scale = (1.0 - t_next) / (1.0 - t)
+            steps.append(Step(t, t_next, (row,), kept.spread(weights), scale=scale))
         return tuple(steps)
+
+
+def _midpoint(t: float, t_next: float) -> Step:
+    """Write the midpoint rule in terms of the predictions D = x + sigma v."""
+    h, middle = t_next - t, (t + t_next) / 2
+    first, second = 1.0 - t, 1.0 - middle  # sigma
+    back = h / 2 / first  # x + (h / 2) (D0 - x) / sigma
+    rows = (
+        Row(t, (), keep=(1.0, first)),
+        Row(middle, (back,), scale=1.0 - back, keep=(1.0, second)),
+    )
+    whole = h / second  # x + h (D1 - point) / sigma
+    return Step(t, t_next, rows, (-whole * back, whole), scale=1.0 - whole * (1.0 - back))
 
 
 @dataclass(frozen=True)
@@ -213,17 +233,15 @@ def exponential_weights(
         One weight for each node.
     """
     scale = (1.0 - t_next) / (1.0 - t)
-    of = _log_sigma if variable == "log-sigma" else _log_snr
-    while len(nodes) > 1 and math.isinf(of(nodes[0])):
-        nodes = nodes[1:]
-    if t_next == 1.0 or len(nodes) == 1 or math.isinf(of(t)):
+    if len(nodes) == 1:
         return (1.0 - scale,)
+    if t_next == 1.0:
+        return lagrange(nodes, 1.0)
+    snr = variable == "log-snr" and nodes[0] != 0.0
+    of, factor = (_log_snr, t_next) if snr else (_log_sigma, 1.0)
     end = of(t_next)
-    factor = 1.0 if variable == "log-sigma" else t_next
-    raw = integrals(
-        [of(node) for node in nodes], of(t), end, lambda tau: factor * math.exp(tau - end)
-    )
-    # They sum to 1 - scale: let rounding of the quadrature not move the constant.
+    raw = integrals([of(x) for x in nodes], of(t), end, lambda tau: factor * math.exp(tau - end))
+    # They sum to 1 - scale: let rounding of the quadrature not move a constant.
     return (*raw[:-1], 1.0 - scale - math.fsum(raw[:-1]))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-__all__ = ["integrals"]
+__all__ = ["integrals", "lagrange"]
 
 
 def _gauss_legendre(n: int) -> tuple[tuple[float, float], ...]:
@@ -59,10 +59,30 @@ def integrals(
     for z, weight in _SHORT if kernel is None else _LONG:
         tau = middle + half * z
         factor = half * weight * (1.0 if kernel is None else kernel(tau))
-        for j, node in enumerate(nodes):
-            value = factor
-            for i, other in enumerate(nodes):
-                if i != j:
-                    value *= (tau - other) / (node - other)
-            terms[j].append(value)
+        for term, value in zip(terms, lagrange(nodes, tau), strict=True):
+            term.append(factor * value)
     return tuple(map(math.fsum, terms))
+
+
+def lagrange(nodes: Sequence[float], tau: float) -> tuple[float, ...]:
+    """Evaluate the Lagrange polynomial of each node.
+
+    Args:
+        nodes: All different, any order.
+        tau: Where.
+
+    Returns:
+        L_j(tau) for each node j; they sum to 1.
+
+    Example:
+        >>> lagrange((0.0, 1.0), 2.0)
+        (-1.0, 2.0)
+    """
+    values: list[float] = []
+    for j, node in enumerate(nodes):
+        value = 1.0
+        for i, other in enumerate(nodes):
+            if i != j:
+                value *= (tau - other) / (node - other)
+        values.append(value)
+    return tuple(values)

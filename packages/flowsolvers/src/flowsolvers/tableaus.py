@@ -98,9 +98,10 @@ class Tableau:
         whole, remainder = divmod(nfe, self.stages)
         methods = [*_fill(remainder), *[self] * whole]
         times = grid(len(methods))
-        return tuple(m._step(*ends) for m, ends in zip(methods, pairwise(times), strict=True))
+        return tuple(m.step(*ends) for m, ends in zip(methods, pairwise(times), strict=True))
 
-    def _step(self, t: float, t_next: float) -> Step:
+    def step(self, t: float, t_next: float) -> Step:
+        """Write one step from t to t_next."""
         h = t_next - t
         rows = tuple(
             Row(t_next if c == 1.0 else t + c * h, tuple(h * weight for weight in a))
