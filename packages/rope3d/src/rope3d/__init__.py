@@ -6,7 +6,7 @@ from rope3d.backends import Backend, explain
 from rope3d.extrapolation import yarn_scale
 from rope3d.layouts import axial, lumina, mrope, paper
 from rope3d.model_layouts import cogvideox, flux, hunyuan_video, lumina2, wan
-from rope3d.positions import grid, pack
+from rope3d.positions import grid, pack, points
 from rope3d.rope import Rope
 from rope3d.rotation import Rotation, apply, rotate
 from rope3d.softmax_attention import attention
@@ -35,6 +35,7 @@ __all__ = [
     "pack",
     "paper",
     "plot_wavelengths",
+    "points",
     "rotate",
     "wan",
     "wavelengths",
