@@ -5,6 +5,7 @@ from importlib.metadata import version
 from rope3d.backends import Backend, explain
 from rope3d.extrapolation import yarn_scale
 from rope3d.layouts import axial, lumina, mrope, paper
+from rope3d.learned_rope import LearnedRope
 from rope3d.model_layouts import cogvideox, flux, hunyuan_video, lumina2, wan
 from rope3d.positions import grid, pack, points
 from rope3d.rope import Rope
@@ -17,6 +18,7 @@ __version__ = version("rope3d")
 
 __all__ = [
     "Backend",
+    "LearnedRope",
     "Rope",
     "Rotation",
     "TimedRope",

@@ -14,6 +14,9 @@ from rope3d.turns import split_turns, turn_angles
 
 __all__ = ["cos_sin", "exact_cos_sin", "has_float64", "matrix", "real_dtype", "spell"]
 
+#: What cosines and sines are rounded to: all that backends need to know.
+TABLE = torch.float32
+
 
 class _Matrices:
     """Matrices on their device, `[rows, columns]`, as attributes; only ever added to.
@@ -106,7 +109,7 @@ def cos_sin(positions: Tensor, frequencies: Tensor | Sequence[Tensor]) -> tuple[
     angle = positions[..., :1].to(dtype) * frequencies[0]
     for axis in range(1, positions.shape[-1]):
         angle = angle + positions[..., axis : axis + 1].to(dtype) * frequencies[axis]
-    return angle.cos().to(torch.float32), angle.sin().to(torch.float32)
+    return angle.cos().to(TABLE), angle.sin().to(TABLE)
 
 
 @compile_constant

@@ -134,7 +134,9 @@ def refresh() -> None:
     _LOADED[REFERENCE.name] = REFERENCE
 
 
-def choose(q: Tensor, k: Tensor, backend: str | None = None) -> Backend:
+def choose(
+    q: Tensor, k: Tensor, backend: str | None = None, *, reference_only: str | None = None
+) -> Backend:
     """Pick the backend for two tensors.
 
     The argument decides, else the environment variable ROPE3D_BACKEND, else the first installed
@@ -145,6 +147,7 @@ def choose(q: Tensor, k: Tensor, backend: str | None = None) -> Backend:
         q: `[batch, tokens, heads, head_dim]` or `[tokens, heads, head_dim]`.
         k: As `q`, with its own number of heads.
         backend: A name, or None.
+        reference_only: Why no other backend than the reference may serve, or None if any may.
 
     Returns:
         The backend.
@@ -158,6 +161,8 @@ def choose(q: Tensor, k: Tensor, backend: str | None = None) -> Backend:
     for name in _candidates(q.device.type, backend):
         candidate = _LOADED[name]
         reason = candidate.why_not(q, k)
+        if name != REFERENCE.name:
+            reason = reason or reference_only
         if reason is None:
             return candidate
         refusals += f"; {name}: {reason}"

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from rope3d.backends import choose
+from rope3d.backends import Backend, choose
 from rope3d.reference import Reference
 
 if TYPE_CHECKING:
+    from rope3d.learned_rope import LearnedRope
     from rope3d.rope import Rope
     from rope3d.timed_rope import TimedRope
 
@@ -27,26 +28,29 @@ class Rotation:
     Compute it once per set of positions with `Rope.rotation` and use it in every layer.
 
     Args:
-        cos: `[..., tokens, pairs]`, float32.
+        cos: `[..., tokens, pairs]`, or with `per_head` `[..., tokens, heads, pairs]`; float32.
         sin: Same shape and dtype.
         pairing: Which channels form a pair, as in `Rope`.
         untouched: Channels at the end of a head that belong to no pair.
+        per_head: Whether each key head has its own angles, as in `LearnedRope`.
 
     Raises:
-        ValueError: The two differ in shape, or have fewer than 2 dimensions.
+        ValueError: The two differ in shape, or have fewer than 2 dimensions (3 with `per_head`).
     """
 
     cos: Tensor
     sin: Tensor
     pairing: Pairing = "interleaved"
     untouched: int = 0
+    per_head: bool = False
 
     def __post_init__(self) -> None:
         """Check that cosine and sine belong together."""
-        if self.cos.shape != self.sin.shape or self.cos.ndim < 2:
+        if self.cos.shape != self.sin.shape or self.cos.ndim < 2 + self.per_head:
+            form = "[..., tokens, heads, pairs]" if self.per_head else "[..., tokens, pairs]"
             raise ValueError(
                 f"cos has shape {tuple(self.cos.shape)} and sin {tuple(self.sin.shape)}; "
-                "expected both [..., tokens, pairs]"
+                f"expected both {form}"
             )
 
 
@@ -64,16 +68,18 @@ def rotate(
         q: `[batch, tokens, heads, head_dim]`, or packed `[tokens, heads, head_dim]`.
         k: As `q`, with its own number of heads.
         rotation: `[tokens, pairs]`, or `[batch, tokens, pairs]` for positions that differ
-            between samples; head_dim is 2 * pairs + untouched.
+            between samples; with `per_head` also the heads of k before the pairs, each shared by
+            heads of q / heads of k neighbours. head_dim is 2 * pairs + untouched.
         backend: Name of an installed backend. None takes the environment variable
-            ROPE3D_BACKEND, else the fastest one that serves these tensors (see `explain`).
+            ROPE3D_BACKEND, else the fastest one that serves these tensors (see `explain`). Only
+            the reference turns each head by itself, or computes gradients of cosine and sine.
 
     Returns:
         The rotated `(q, k)`, same shapes and dtypes.
 
     Raises:
         ValueError: Shapes do not fit one another, the backend's name is not installed, or the
-            named backend cannot serve these tensors.
+            named backend cannot serve these tensors or this rotation.
         ImportError: The named backend is installed but failed to load.
 
     Convention:
@@ -87,20 +93,43 @@ def rotate(
     tensor([[[0., 1.]]])
     """
     _check(q, k, rotation)
-    cos, sin = rotation.cos, rotation.sin
     if not rotation.untouched:
-        return _paired(q, k, cos, sin, rotation.pairing, backend)
-    sizes = (2 * cos.shape[-1], rotation.untouched)
+        return _paired(q, k, rotation, backend)
+    sizes = (2 * rotation.cos.shape[-1], rotation.untouched)
     (q, q_rest), (k, k_rest) = q.split(sizes, dim=-1), k.split(sizes, dim=-1)
-    q, k = _paired(q, k, cos, sin, rotation.pairing, backend)
+    q, k = _paired(q, k, rotation, backend)
     return torch.cat((q, q_rest), dim=-1), torch.cat((k, k_rest), dim=-1)
 
 
-def _paired(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    chosen = choose(q, k, backend)
-    if pairing == "interleaved":
+def _paired(q: Tensor, k: Tensor, rotation: Rotation, backend: str | None) -> tuple[Tensor, Tensor]:
+    chosen = choose(q, k, backend, reference_only=_reference_only(rotation))
+    if not rotation.per_head:
+        return _turned(chosen, q, k, rotation)
+    # The heads that share a key head become a dimension along which its angles repeat.
+    q, k = _turned(chosen, _grouped(q, rotation), _grouped(k, rotation), rotation)
+    return q.flatten(-3, -2), k.flatten(-3, -2)
+
+
+def _grouped(x: Tensor, rotation: Rotation) -> Tensor:
+    heads = rotation.cos.shape[-2]
+    return x.unflatten(-2, (heads, x.shape[-2] // heads))
+
+
+def _reference_only(rotation: Rotation) -> str | None:
+    """Say why backends other than the reference, which know one constant table, do not serve."""
+    if rotation.per_head:
+        return "each head has its own angles, which only the reference knows; name no backend"
+    if torch.is_grad_enabled() and (rotation.cos.requires_grad or rotation.sin.requires_grad):
+        return (
+            "cosine or sine requires a gradient, which only the reference computes; name no "
+            "backend, or detach the positions and frequencies"
+        )
+    return None
+
+
+def _turned(chosen: Backend, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    cos, sin = rotation.cos, rotation.sin
+    if rotation.pairing == "interleaved":
         return chosen.rotate(q, k, cos, sin)
     if isinstance(chosen, Reference):
         return chosen.rotate_half(q, k, cos, sin)
@@ -120,7 +149,7 @@ def _halves(x: Tensor) -> Tensor:
 def apply(
     q: Tensor,
     k: Tensor,
-    rope: Rope | TimedRope,
+    rope: Rope | TimedRope | LearnedRope,
     positions: Tensor,
     *,
     t: Tensor | float | None = None,
@@ -157,6 +186,9 @@ def apply(
 
 def _check(q: Tensor, k: Tensor, rotation: Rotation) -> None:
     cos, channels = rotation.cos, 2 * rotation.cos.shape[-1] + rotation.untouched
+    if rotation.per_head:
+        _check_heads(q, k, cos)
+        cos = cos.select(-2, 0)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, rotation {tuple(cos.shape)}"
     if q.ndim not in (3, 4) or k.ndim != q.ndim:
         raise ValueError(
@@ -178,4 +210,13 @@ def _check(q: Tensor, k: Tensor, rotation: Rotation) -> None:
         raise ValueError(
             f"{shapes}: the rotation must cover the {tokens} tokens of q, as [tokens, pairs] or, "
             "for dense q, [batch, tokens, pairs]; use as many positions as there are tokens"
+        )
+
+
+def _check_heads(q: Tensor, k: Tensor, cos: Tensor) -> None:
+    heads = cos.shape[-2]
+    if heads != k.shape[-2] or heads == 0 or q.shape[-2] % heads:
+        raise ValueError(
+            f"q has {q.shape[-2]} heads, k {k.shape[-2]} and the rotation {heads}; expected as "
+            "many in the rotation as in k, and a multiple of them in q"
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from rope3d.learned_rope import LearnedRope
 from rope3d.rope import Rope
 from rope3d.rotation import apply
 from rope3d.timed_rope import TimedRope
@@ -22,7 +23,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rope: Rope | TimedRope | None = None,
+    rope: Rope | TimedRope | LearnedRope | None = None,
     positions: Tensor | None = None,
     *,
     t: Tensor | float | None = None,
