@@ -18,7 +18,17 @@ from torch import Tensor
 from rope3d.compile_constant import compile_constant
 from rope3d.reference import REFERENCE
 
-__all__ = ["GROUP", "VARIABLE", "Backend", "choose", "explain", "installed", "load", "refresh"]
+__all__ = [
+    "GROUP",
+    "VARIABLE",
+    "Backend",
+    "WritingBackend",
+    "choose",
+    "explain",
+    "installed",
+    "load",
+    "refresh",
+]
 
 #: The entry-point group in which a distribution offers a backend.
 GROUP = "rope3d.backends"
@@ -62,6 +72,22 @@ class Backend(Protocol):
 
         Returns:
             The rotated `(q, k)`, same shapes and dtypes.
+        """
+        ...
+
+
+@runtime_checkable
+class WritingBackend(Backend, Protocol):
+    """A backend that can also rotate in place; for others the result is copied into q and k."""
+
+    def rotate_(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Rotate in place; called eagerly only, where no gradient is recorded.
+
+        Args:
+            q: As in `rotate`; no two elements of q and k share memory.
+            k: As `q`, with its own number of heads.
+            cos: As in `rotate`.
+            sin: As `cos`.
         """
         ...
 

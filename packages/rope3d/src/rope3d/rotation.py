@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from rope3d.backends import Backend, choose
+from rope3d.backends import Backend, WritingBackend, choose
+from rope3d.overlap import meet, repeats
 from rope3d.reference import Reference
 
 if TYPE_CHECKING:
@@ -55,14 +56,19 @@ class Rotation:
 
 
 def rotate(
-    q: Tensor, k: Tensor, rotation: Rotation, *, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    rotation: Rotation,
+    *,
+    inplace: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys, pair of channels by pair.
 
     y[a] = x[a] cos - x[b] sin;  y[b] = x[a] sin + x[b] cos
 
     The arithmetic is float32 (float64 for float64 inputs); the result has the input's dtype.
-    Inputs are left unchanged and may have any strides.
+    Inputs may have any strides and are left unchanged, unless in place.
 
     Args:
         q: `[batch, tokens, heads, head_dim]`, or packed `[tokens, heads, head_dim]`.
@@ -70,6 +76,10 @@ def rotate(
         rotation: `[tokens, pairs]`, or `[batch, tokens, pairs]` for positions that differ
             between samples; with `per_head` also the heads of k before the pairs, each shared by
             heads of q / heads of k neighbours. head_dim is 2 * pairs + untouched.
+        inplace: Write the result into q and k and return them. Where no gradient is recorded, a
+            backend that can write needs little memory beside them (the reference goes block by
+            block); elsewhere the result is copied into them. Where gradients are recorded, slice
+            q and k out of a projection: PyTorch refuses to write into parts that `split` made.
         backend: Name of an installed backend. None takes the environment variable
             ROPE3D_BACKEND, else the fastest one that serves these tensors (see `explain`). Only
             the reference turns each head by itself, or computes gradients of cosine and sine.
@@ -78,8 +88,9 @@ def rotate(
         The rotated `(q, k)`, same shapes and dtypes.
 
     Raises:
-        ValueError: Shapes do not fit one another, the backend's name is not installed, or the
-            named backend cannot serve these tensors or this rotation.
+        ValueError: Shapes do not fit one another, the backend's name is not installed, the
+            named backend cannot serve these tensors or this rotation, or in place q or k is a
+            leaf that requires a gradient, repeats an element, or shares one with the other.
         ImportError: The named backend is installed but failed to load.
 
     Convention:
@@ -93,24 +104,28 @@ def rotate(
     tensor([[[0., 1.]]])
     """
     _check(q, k, rotation)
-    if not rotation.untouched:
-        return _paired(q, k, rotation, backend)
-    sizes = (2 * rotation.cos.shape[-1], rotation.untouched)
-    (q, q_rest), (k, k_rest) = q.split(sizes, dim=-1), k.split(sizes, dim=-1)
-    q, k = _paired(q, k, rotation, backend)
-    return torch.cat((q, q_rest), dim=-1), torch.cat((k, k_rest), dim=-1)
-
-
-def _paired(q: Tensor, k: Tensor, rotation: Rotation, backend: str | None) -> tuple[Tensor, Tensor]:
-    chosen = choose(q, k, backend, reference_only=_reference_only(rotation))
-    if not rotation.per_head:
-        return _turned(chosen, q, k, rotation)
-    # The heads that share a key head become a dimension along which its angles repeat.
-    q, k = _turned(chosen, _grouped(q, rotation), _grouped(k, rotation), rotation)
-    return q.flatten(-3, -2), k.flatten(-3, -2)
+    if inplace:
+        _check_writable(q, k)
+    width = 2 * rotation.cos.shape[-1]
+    own_q, own_k = (q, k) if not rotation.untouched else (q[..., :width], k[..., :width])
+    chosen = choose(own_q, own_k, backend, reference_only=_reference_only(rotation))
+    own_q, own_k = _grouped(own_q, rotation), _grouped(own_k, rotation)
+    if inplace:
+        _write(chosen, own_q, own_k, rotation)
+        return q, k
+    own_q, own_k = _turned(chosen, own_q, own_k, rotation)
+    if rotation.per_head:
+        own_q, own_k = own_q.flatten(-3, -2), own_k.flatten(-3, -2)
+    if rotation.untouched:
+        own_q = torch.cat((own_q, q[..., width:]), dim=-1)
+        own_k = torch.cat((own_k, k[..., width:]), dim=-1)
+    return own_q, own_k
 
 
 def _grouped(x: Tensor, rotation: Rotation) -> Tensor:
+    """Make the heads that share a key head a dimension, along which its angles repeat."""
+    if not rotation.per_head:
+        return x
     heads = rotation.cos.shape[-2]
     return x.unflatten(-2, (heads, x.shape[-2] // heads))
 
@@ -138,6 +153,24 @@ def _turned(chosen: Backend, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[
     return _halves(q), _halves(k)
 
 
+def _write(chosen: Backend, q: Tensor, k: Tensor, rotation: Rotation) -> None:
+    cos, sin = rotation.cos, rotation.sin
+    learns = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    records = learns or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+    # Under torch.compile a copy is fused with what it copies.
+    if not records and not torch.compiler.is_compiling():
+        if isinstance(chosen, Reference) and rotation.pairing == "half":
+            chosen.rotate_half_(q, k, cos, sin)
+            return
+        if isinstance(chosen, WritingBackend) and rotation.pairing == "interleaved":
+            chosen.rotate_(q, k, cos, sin)
+            return
+    # The gradient of cosine and sine needs q and k as they were.
+    before = (q.clone(), k.clone()) if learns else (q, k)
+    for x, turned in zip((q, k), _turned(chosen, *before, rotation), strict=True):
+        x.copy_(turned)
+
+
 def _adjacent(x: Tensor) -> Tensor:
     return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
@@ -153,6 +186,7 @@ def apply(
     positions: Tensor,
     *,
     t: Tensor | float | None = None,
+    inplace: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by their positions: `rotate(q, k, rope.rotation(positions, t))`.
@@ -164,6 +198,7 @@ def apply(
         positions: `[tokens, axes]` or `[batch, tokens, axes]`.
         t: Timesteps in [0, 1], 0 = noise, for a `TimedRope`: one number, `[batch]`, or packed
             `[tokens]`.
+        inplace: As in `rotate`.
         backend: As in `rotate`.
 
     Returns:
@@ -181,7 +216,7 @@ def apply(
     """
     if isinstance(t, Tensor) and t.ndim and q.ndim == 4 and positions.ndim == 2:
         positions = positions.unsqueeze(0)  # the samples share their positions, not their times
-    return rotate(q, k, rope.rotation(positions, t), backend=backend)
+    return rotate(q, k, rope.rotation(positions, t), inplace=inplace, backend=backend)
 
 
 def _check(q: Tensor, k: Tensor, rotation: Rotation) -> None:
@@ -219,4 +254,28 @@ def _check_heads(q: Tensor, k: Tensor, cos: Tensor) -> None:
         raise ValueError(
             f"q has {q.shape[-2]} heads, k {k.shape[-2]} and the rotation {heads}; expected as "
             "many in the rotation as in k, and a multiple of them in q"
+        )
+
+
+def _check_writable(q: Tensor, k: Tensor) -> None:
+    for name, x in (("q", q), ("k", k)):
+        if torch.is_grad_enabled() and x.requires_grad and x.is_leaf:
+            raise ValueError(
+                f"{name} is a leaf that requires a gradient, which is the one of its value before "
+                "the rotation; rotate out of place, or under torch.no_grad()"
+            )
+    if q is k:
+        raise ValueError("q and k are one tensor, which would be rotated twice; clone one of them")
+    if torch.compiler.is_compiling():
+        return  # there are no addresses to look at
+    for name, x in (("q", q), ("k", k)):
+        if repeats(x):
+            raise ValueError(
+                f"{name} of shape {tuple(x.shape)} and strides {x.stride()} has elements that "
+                "share memory and cannot be written apart; clone it or rotate out of place"
+            )
+    if meet(q, k):
+        raise ValueError(
+            "q and k share elements, which would be rotated twice; clone one of them or rotate "
+            "out of place"
         )
