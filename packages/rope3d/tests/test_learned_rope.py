@@ -184,16 +184,6 @@ def test_mixed_equals_timm(timm_positions, generator) -> None:
     torch.testing.assert_close(learned.frequencies.grad, expected, atol=1e-3, rtol=1e-4)
 
 
-def test_autocast_lowers_neither_angles_nor_gradients() -> None:
-    learned = rope3d.LearnedRope.mixed(16, 2, generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(1000.0, 1020.0).view(10, 2)
-    plain = learned.rotation(positions)
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = learned(positions)
-    assert torch.equal(plain.cos, cast.cos)
-    assert torch.equal(plain.sin, cast.sin)
-
-
 def test_compiles_whole_with_its_gradients() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -211,14 +201,6 @@ def test_compiles_whole_with_its_gradients() -> None:
         for ours, expected in zip(*grads, strict=True):
             torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-5)
     assert counter.frame_count == 1
-
-
-def test_works_without_float64(monkeypatch) -> None:
-    learned = rope3d.LearnedRope.mixed(16, 2, generator=torch.Generator().manual_seed(0))
-    positions = rope3d.grid(height=16, width=16)
-    exact = learned.rotation(positions)
-    monkeypatch.setattr(angles, "has_float64", lambda device: False)
-    torch.testing.assert_close(learned.rotation(positions).cos, exact.cos, atol=1e-5, rtol=0)
 
 
 def test_is_saved_moved_and_trained_as_a_module(generator) -> None:

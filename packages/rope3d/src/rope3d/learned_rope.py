@@ -7,11 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from rope3d.angles import cos_sin, real_dtype
+from rope3d.angles import cos_sin, real_dtype, turn_cos_sin
+from rope3d.double_float import constant, multiply, split
 from rope3d.rope import Rope
 from rope3d.rotation import Pairing, Rotation
 
 __all__ = ["LearnedRope"]
+
+# What part of a turn a radian is.
+_TURN = split(1 / (2 * math.pi))
 
 
 class LearnedRope(torch.nn.Module):
@@ -20,9 +24,10 @@ class LearnedRope(torch.nn.Module):
     angle[token, (head,) pair] = sum over axes of
         position[token, axis] * frequencies[(head,) axis, pair]
 
-    Angles are computed in float64, or on MPS, which has none, in float32; autocast does not lower
-    them. Gradients have the dtype of the parameter. Keep that float32: bfloat16 rounds a frequency
-    by up to 0.4 %, which is an angle of 1 radian after 250 positions of the fastest pair.
+    Angles are computed in float64, or on MPS, which has none, in double-float arithmetic and in
+    turns; autocast does not lower them. Gradients have the dtype of the parameter. Keep it float32:
+    bfloat16 rounds a frequency by up to 0.4 %, an angle of 1 radian after 250 positions of the
+    fastest pair.
 
     Args:
         rope: The layout to begin with. Where an axis turns no pair its frequency is 0 and is
@@ -162,9 +167,16 @@ class LearnedRope(torch.nn.Module):
             ValueError: `positions` does not end in `[tokens, axes]`.
         """
         self._first.check_positions(positions)
-        rows = self.frequencies.to(real_dtype(positions.device)).unbind(-2)
         per_head = self.heads is not None
-        cos, sin = cos_sin(positions.unsqueeze(-2) if per_head else positions, rows)
+        if per_head:
+            positions = positions.unsqueeze(-2)  # the same for every head
+        dtype = real_dtype(positions.device)
+        rows = self.frequencies.to(dtype)
+        if dtype == torch.float64:
+            cos, sin = cos_sin(positions, rows.unbind(-2))
+        else:
+            high, low = multiply((rows, torch.zeros_like(rows)), constant(_TURN, rows))
+            cos, sin = turn_cos_sin(positions, high.unbind(-2), low.unbind(-2))
         return Rotation(cos, sin, self.pairing, self._first.untouched, per_head)
 
     def forward(self, positions: Tensor, t: Tensor | float | None = None) -> Rotation:

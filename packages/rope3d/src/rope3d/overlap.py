@@ -71,5 +71,5 @@ def meet(x: Tensor, y: Tensor) -> bool:
 def _range(x: Tensor) -> tuple[int, int]:
     """Find the first and last byte of a tensor in its storage."""
     first = int(x.storage_offset())
-    reach = sum(int(stride) * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
+    reach = sum(stride * (size - 1) for stride, size in zip(x.stride(), x.shape, strict=True))
     return first * x.itemsize, (first + reach + 1) * x.itemsize - 1
