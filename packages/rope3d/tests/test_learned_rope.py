@@ -163,21 +163,20 @@ def test_mixed_directions_are_a_right_angle_apart(generator) -> None:
     assert torch.equal(again.frequencies, learned.frequencies)
 
 
-def test_mixed_equals_timm(timm_positions, generator) -> None:
+def test_mixed_equals_timm(timm_positions, apart, generator) -> None:
     torch.manual_seed(0)
     embed = timm_positions.RotaryEmbeddingMixed(4 * 16, 1, 4, temperature=10.0)
     learned = rope3d.LearnedRope.mixed(16, 4, generator=generator)
     with torch.no_grad():  # theirs [2, depth, heads, pairs], the column first
         learned.frequencies.copy_(embed.freqs[:, 0].flip(0).transpose(0, 1))
-    q = torch.randn(1, 4, 42, 16)
+    q = torch.randn(1, 4, 42, 16, generator=generator)
     theirs_table = embed.get_embed([6, 7])[0]
     theirs = timm_positions.apply_rot_embed_cat(q, theirs_table)
     ours, _ = rope3d.apply(
         q.transpose(1, 2), q.transpose(1, 2), learned, rope3d.grid(height=6, width=7)
     )
-    difference = (ours.transpose(1, 2) - theirs).abs().max()
-    print(f"timm mixed: max abs difference {difference:.2e}")
-    assert difference <= 5e-6
+    source = "timm, RotaryEmbeddingMixed"
+    apart("LearnedRope.mixed(16, 4), q", source, (ours.transpose(1, 2),), (theirs,), 5e-6)
     theirs.square()[..., 0].sum().backward()
     ours.square()[..., 0].sum().backward()
     expected = embed.freqs.grad[:, 0].flip(0).transpose(0, 1)

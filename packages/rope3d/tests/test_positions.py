@@ -54,17 +54,17 @@ def test_a_sound_is_a_column_of_seconds_rounded_once() -> None:
     assert torch.equal(seconds[:, 0], torch.tensor([i / 25 for i in range(250)]))
 
 
-def test_a_step_scales_frames_as_cosmos_does() -> None:
+def test_a_step_scales_frames_as_cosmos_does(apart) -> None:
     module = pytest.importorskip("diffusers.models.transformers.transformer_cosmos")
     embed = module.CosmosRotaryPosEmbed(96, (8, 16, 16), (1, 2, 2), rope_scale=(1.0, 1.0, 1.0))
     cos, sin = embed(torch.zeros(1, 4, 5, 12, 14), fps=30)
     positions = rope3d.grid(frames=5, height=6, width=7, step=(24 / 30, 1, 1))
     ours = rope3d.axial((32, 32, 32), pairing="half").rotation(positions)
-    torch.testing.assert_close(ours.cos, cos[:, :48], atol=2e-6, rtol=0)
-    torch.testing.assert_close(ours.sin, sin[:, :48], atol=2e-6, rtol=0)
+    layout, source = "axial((32, 32, 32)) with a step", "diffusers, CosmosRotaryPosEmbed"
+    apart(layout, source, (ours.cos, ours.sin), (cos[:, :48], sin[:, :48]), 2e-6)
 
 
-def test_an_offset_centres_on_whole_positions_as_qwen_image_does() -> None:
+def test_an_offset_centres_on_whole_positions_as_qwen_image_does(apart) -> None:
     module = pytest.importorskip("diffusers.models.transformers.transformer_qwenimage")
     embed = module.QwenEmbedRope(10000, [16, 56, 56], scale_rope=True)
     for height, width in ((6, 7), (1, 4)):
@@ -76,8 +76,8 @@ def test_an_offset_centres_on_whole_positions_as_qwen_image_does() -> None:
             offset=(0, -(height - height // 2), -(width - width // 2)),
         )
         ours = rope3d.axial((16, 56, 56)).rotation(positions)
-        torch.testing.assert_close(ours.cos, table.real, atol=2e-6, rtol=0)
-        torch.testing.assert_close(ours.sin, table.imag, atol=2e-6, rtol=0)
+        layout, source = "axial((16, 56, 56)) with an offset", "diffusers, QwenEmbedRope"
+        apart(layout, source, (ours.cos, ours.sin), (table.real, table.imag), 2e-6)
 
 
 def test_scores_do_not_notice_where_a_grid_is_centred() -> None:
