@@ -55,6 +55,14 @@ def test_equals_out_of_place_with_any_strides(rotation, dtype, block, monkeypatc
             torch.testing.assert_close(ours, out, atol=1e-6, rtol=torch.finfo(dtype).eps)
 
 
+def test_nothing_to_write_is_written() -> None:
+    for shapes in (((0, 4, 24), (0, 2, 24)), ((2, 0, 4, 24), (2, 0, 2, 24)), ((5, 0, 24),) * 2):
+        q, k = (torch.zeros(shape) for shape in shapes)
+        for rope in (rope3d.lumina(24), rope3d.axial((12, 12), pairing="half")):
+            positions = torch.zeros(q.shape[-3], 2)
+            assert rope3d.apply(q, k, rope, positions, inplace=True)[0] is q
+
+
 def test_neighbours_in_memory_are_left_alone() -> None:
     fused = torch.randn(2, 6, 8, 24)
     before = fused.clone()

@@ -80,6 +80,19 @@ def test_an_offset_centres_on_whole_positions_as_qwen_image_does(apart) -> None:
         apart(layout, source, (ours.cos, ours.sin), (table.real, table.imag), 2e-6)
 
 
+def test_compiles_whole() -> None:
+    torch._dynamo.reset()
+
+    def place(cloud):
+        grid = rope3d.grid(frames=2, height=3, width=4, step=(0.5, 1, 1), centred=True)
+        return grid, rope3d.points(cloud, low=(0, 0, 0), high=2.0, length=8)
+
+    cloud = torch.rand(5, 3)
+    ours = torch.compile(place, backend="aot_eager", fullgraph=True)(cloud)
+    for left, right in zip(ours, place(cloud), strict=True):
+        torch.testing.assert_close(left, right)
+
+
 def test_scores_do_not_notice_where_a_grid_is_centred() -> None:
     rope, q = rope3d.lumina(24), torch.randn(12, 1, 24, dtype=torch.float64)
     scores = []

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from rope3d.backends import Backend, explain
+from rope3d.backends import Backend, WritingBackend, explain
 from rope3d.extrapolation import yarn_scale
 from rope3d.layouts import axial, lumina, mrope, paper
 from rope3d.learned_rope import LearnedRope
@@ -22,6 +22,7 @@ __all__ = [
     "Rope",
     "Rotation",
     "TimedRope",
+    "WritingBackend",
     "__version__",
     "apply",
     "attention",
