@@ -133,11 +133,11 @@ def _grouped(x: Tensor, rotation: Rotation) -> Tensor:
 def _reference_only(rotation: Rotation) -> str | None:
     """Say why backends other than the reference, which know one constant table, do not serve."""
     if rotation.per_head:
-        return "each head has its own angles, which only the reference knows; name no backend"
+        return "each head has its own angles, which only the backend 'reference' knows"
     if torch.is_grad_enabled() and (rotation.cos.requires_grad or rotation.sin.requires_grad):
         return (
-            "cosine or sine requires a gradient, which only the reference computes; name no "
-            "backend, or detach the positions and frequencies"
+            "cosine or sine requires a gradient, which only the backend 'reference' computes; "
+            "detach the positions and frequencies if they are not learned"
         )
     return None
 
