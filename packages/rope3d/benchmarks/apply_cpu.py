@@ -66,6 +66,8 @@ def main() -> None:
             "rope3d.rotate": lambda q=q, k=k: rope3d.rotate(q, k, rotation),
             "diffusers, real": lambda q=q, k=k: (real_form(q, cos, sin), real_form(k, cos, sin)),
             "Lumina, complex": lambda q=q, k=k: (complex_form(q, table), complex_form(k, table)),
+            # The last one, as it changes q and k.
+            "rope3d, in place": lambda q=q, k=k: rope3d.rotate(q, k, rotation, inplace=True),
         }
         expected = forms["rope3d.rotate"]()[0]
         far = {name: (form()[0] - expected).abs().max().item() for name, form in forms.items()}

@@ -92,6 +92,26 @@ def test_named_backend_compiles_without_a_break(install, tensors) -> None:
     assert torch.equal(compiled(*tensors, backend="negating")[0], -tensors[0])
 
 
+def test_what_only_the_reference_can_turn_goes_to_it(install, on_cuda) -> None:
+    install("negating-rope", "negating", NEGATING)
+    small, _ = on_cuda
+    assert backends.choose(small, small).name == "negating"
+    assert backends.choose(small, small, reference_only="own angles").name == "reference"
+
+
+def test_a_named_backend_refuses_what_only_the_reference_can_turn(install) -> None:
+    install("negating-rope", "negating", NEGATING)
+    q, positions = torch.ones(5, 2, 8), torch.ones(5, 2, requires_grad=True)
+    for rope in (rope3d.LearnedRope(rope3d.lumina(8)), rope3d.lumina(8)):
+        with pytest.raises(ValueError, match="negating: cosine or sine requires a gradient"):
+            rope3d.apply(q, q, rope, positions, backend="negating")
+        with torch.no_grad():  # a constant table again
+            assert torch.equal(rope3d.apply(q, q, rope, positions, backend="negating")[0], -q)
+    learned = rope3d.LearnedRope(rope3d.lumina(8), heads=2)
+    with torch.no_grad(), pytest.raises(ValueError, match="negating: each head has its own"):
+        rope3d.apply(q, q, learned, positions, backend="negating")
+
+
 def test_cpu_imports_no_other_backend_and_reads_no_metadata(install, tensors) -> None:
     module = install("negating-rope", "negating", NEGATING)
     rope3d.rotate(*tensors)

@@ -59,7 +59,7 @@ def test_frequencies_are_those_of_the_papers(rope, method, t) -> None:
 
 
 @pytest.mark.parametrize(("key", "method"), [("linear1.5", "interpolation"), ("ntk1.5", "ntk")])
-def test_equals_the_released_tables(golden: Path, key: str, method: str) -> None:
+def test_equals_the_released_tables(golden: Path, apart, key: str, method: str) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     table = safetensors.load_file(golden / "rope_tables_hd32.safetensors")[key]
     rope = rope3d.lumina(32)
@@ -72,7 +72,7 @@ def test_equals_the_released_tables(golden: Path, key: str, method: str) -> None
         released.rotation(positions, t),
     ):
         ours = torch.stack((rotation.cos, rotation.sin), -1).view(height, width, 16, 2)
-        torch.testing.assert_close(ours, table, atol=1e-5, rtol=0)
+        apart(f"lumina(32), {method}", f"Lumina-T2X, table {key}", (ours,), (table,), 1e-5)
 
 
 @each_layout

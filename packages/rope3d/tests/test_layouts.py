@@ -19,12 +19,12 @@ LAYOUTS = {
 }
 
 
-def test_lumina_equals_the_released_table(golden: Path) -> None:
+def test_lumina_equals_the_released_table(golden: Path, apart) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     table = safetensors.load_file(golden / "rope_tables_hd32.safetensors")["base"]
     rotation = rope3d.lumina(32).rotation(rope3d.grid(height=24, width=24))
     ours = torch.stack((rotation.cos, rotation.sin), -1).view(24, 24, 16, 2)
-    torch.testing.assert_close(ours, table, atol=1e-5, rtol=0)
+    apart("lumina(32)", "Lumina-T2X, recorded table", (ours,), (table,), 1e-5)
 
 
 @pytest.mark.parametrize("rope", LAYOUTS.values(), ids=LAYOUTS.keys())

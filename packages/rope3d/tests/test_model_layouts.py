@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import rope3d
 
@@ -19,17 +20,29 @@ GRID = rope3d.grid(frames=5, height=6, width=7)
 FLOAT32, FLOAT64 = 5e-6, 2e-7
 
 
-def interleaved(table: tuple[torch.Tensor, torch.Tensor]) -> rope3d.Rotation:
+class InFloat64(TorchFunctionMode):
+    """Let code that asks for float32 compute in float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+
+        def widen(x):
+            return torch.float64 if x is torch.float32 else x
+
+        kwargs = {name: widen(value) for name, value in (kwargs or {}).items()}
+        return func(*map(widen, args), **kwargs)
+
+
+def interleaved(table: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Read the tables of diffusers, which name each number twice."""
     cos, sin = (part.reshape(-1, part.shape[-1]) for part in table)
     assert torch.equal(cos[:, ::2], cos[:, 1::2])
-    return rope3d.Rotation(cos[:, ::2], sin[:, ::2])
+    return cos[:, ::2], sin[:, ::2]
 
 
-def check(name: str, ours: rope3d.Rotation, theirs: rope3d.Rotation, tolerance: float) -> None:
-    difference = max((ours.cos - theirs.cos).abs().max(), (ours.sin - theirs.sin).abs().max())
-    print(f"{name}: max abs difference {difference:.2e}")
-    assert difference <= tolerance
+def tables(rope: rope3d.Rope, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rotation = rope.rotation(positions)
+    return rotation.cos, rotation.sin
 
 
 @pytest.mark.parametrize("name", AXIAL)
@@ -91,45 +104,48 @@ def test_half_split_is_interleaved_in_another_order(dtype) -> None:
     torch.testing.assert_close(ours[..., order], expected, atol=1e-6, rtol=2**-7)
 
 
-def test_flux_equals_diffusers() -> None:
+def test_flux_equals_diffusers(apart) -> None:
     module = pytest.importorskip("diffusers.models.transformers.transformer_flux")
     embed = module.FluxPosEmbed(theta=10000, axes_dim=[16, 56, 56])
-    check("flux", rope3d.flux().rotation(GRID), interleaved(embed(GRID)), FLOAT64)
+    ours, theirs = tables(rope3d.flux(), GRID), interleaved(embed(GRID))
+    apart("flux()", "diffusers, FluxPosEmbed", ours, theirs, FLOAT64)
 
 
-def test_wan_equals_diffusers() -> None:
+def test_wan_equals_diffusers(apart) -> None:
     module = pytest.importorskip("diffusers.models.transformers.transformer_wan")
     embed = module.WanRotaryPosEmbed(128, (1, 2, 2), 1024)
-    table = embed(torch.zeros(1, 4, 5, 12, 14))
-    check("wan", rope3d.wan().rotation(GRID), interleaved(table), FLOAT64)
+    theirs = interleaved(embed(torch.zeros(1, 4, 5, 12, 14)))
+    apart("wan()", "diffusers, WanRotaryPosEmbed", tables(rope3d.wan(), GRID), theirs, FLOAT64)
 
 
-def test_hunyuan_video_equals_diffusers() -> None:
+def test_hunyuan_video_equals_diffusers(apart) -> None:
     module = pytest.importorskip("diffusers.models.transformers.transformer_hunyuan_video")
     embed = module.HunyuanVideoRotaryPosEmbed(2, 1, [16, 56, 56], 256.0)
-    table = embed(torch.zeros(1, 4, 5, 12, 14))
-    check("hunyuan_video", rope3d.hunyuan_video().rotation(GRID), interleaved(table), FLOAT32)
+    theirs = interleaved(embed(torch.zeros(1, 4, 5, 12, 14)))
+    ours = tables(rope3d.hunyuan_video(), GRID)
+    apart("hunyuan_video()", "diffusers, HunyuanVideoRotaryPosEmbed", ours, theirs, FLOAT32)
 
 
-def test_cogvideox_equals_diffusers() -> None:
+def test_cogvideox_equals_diffusers(apart) -> None:
     module = pytest.importorskip("diffusers.models.embeddings")
     table = module.get_3d_rotary_pos_embed(64, ((0, 0), (6, 7)), (6, 7), 5, device="cpu")
-    check("cogvideox", rope3d.cogvideox().rotation(GRID), interleaved(table), FLOAT32)
+    ours = tables(rope3d.cogvideox(), GRID)
+    apart("cogvideox()", "diffusers, get_3d_rotary_pos_embed", ours, interleaved(table), FLOAT32)
 
 
-def test_lumina2_equals_diffusers() -> None:
+def test_lumina2_equals_diffusers(apart) -> None:
     module = pytest.importorskip("diffusers.models.transformers.transformer_lumina2")
     embed = module.Lumina2RotaryPosEmbed(10000, [32, 32, 32], [300, 512, 512])
     mask = torch.ones(1, 9, dtype=torch.bool)
     table = embed(torch.zeros(1, 16, 12, 14), mask)[3][0]  # 9 text tokens, then 6 x 7 of the image
     text = torch.stack((torch.arange(9.0), torch.zeros(9), torch.zeros(9)), -1)
     image = rope3d.grid(frames=1, height=6, width=7) + torch.tensor([9.0, 0.0, 0.0])
-    ours = rope3d.lumina2().rotation(torch.cat((text, image)))
-    theirs = rope3d.Rotation(table.real.float(), table.imag.float())
-    check("lumina2", ours, theirs, FLOAT64)
+    ours = tables(rope3d.lumina2(), torch.cat((text, image)))
+    source = "diffusers, Lumina2RotaryPosEmbed"
+    apart("lumina2()", source, ours, (table.real.float(), table.imag.float()), FLOAT64)
 
 
-def test_lumina_equals_diffusers() -> None:
+def test_lumina_equals_diffusers(apart) -> None:
     module = pytest.importorskip("diffusers.models.embeddings")
     for method, factors in (
         ("extrapolation", {}),
@@ -138,12 +154,14 @@ def test_lumina_equals_diffusers() -> None:
     ):
         table = module.get_2d_rotary_pos_embed_lumina(72, 12, 14, **factors).reshape(-1, 36)
         rope = rope3d.lumina(72).extrapolate(method, scale=1.5)
-        ours = rope.rotation(rope3d.grid(height=12, width=14))
-        theirs = rope3d.Rotation(table.real.float(), table.imag.float())
-        check(f"lumina {method}", ours, theirs, FLOAT32)
+        ours = tables(rope, rope3d.grid(height=12, width=14))
+        source = "diffusers, get_2d_rotary_pos_embed_lumina"
+        apart(f"lumina(72), {method}", source, ours, (table.real, table.imag), FLOAT32)
 
 
-def test_mrope_equals_transformers() -> None:
+@pytest.fixture
+def qwen2_vl():
+    """The rotary embedding of Qwen2-VL as a function of float32 or float64 q, k and positions."""
     module = pytest.importorskip("transformers.models.qwen2_vl.modeling_qwen2_vl")
     config = module.Qwen2VLTextConfig(
         hidden_size=256,
@@ -155,33 +173,54 @@ def test_mrope_equals_transformers() -> None:
             "mrope_section": [16, 24, 24],
         },
     )
+
+    def turn(q, k, positions):
+        cos, sin = module.Qwen2VLRotaryEmbedding(config)(q, positions.T[:, None])
+        return (cos[0, :, :64], sin[0, :, :64]), module.apply_rotary_pos_emb(q, k, cos, sin)
+
+    return turn
+
+
+MROPE = rope3d.mrope((16, 24, 24))
+
+
+def test_mrope_equals_transformers(qwen2_vl, apart) -> None:
     q, k = torch.randn(1, 2, 9, 128), torch.randn(1, 1, 9, 128)
-    positions = torch.randint(0, 200, (9, 3))
-    cos, sin = module.Qwen2VLRotaryEmbedding(config)(q, positions.T[:, None])
-    theirs = module.apply_rotary_pos_emb(q, k, cos, sin)
-    ours = rope3d.apply(q.transpose(1, 2), k.transpose(1, 2), rope3d.mrope((16, 24, 24)), positions)
-    check(
-        "mrope",
-        rope3d.mrope((16, 24, 24)).rotation(positions),
-        rope3d.Rotation(cos[0, :, :64], sin[0, :, :64]),
-        2e-5,  # angles up to 200 radians in float32
-    )
+    positions = torch.randint(0, 200, (9, 3), generator=torch.Generator().manual_seed(0))
+    table, theirs = qwen2_vl(q, k, positions)
+    source = "transformers, Qwen2VLRotaryEmbedding"
+    # Their angles are float32, up to 200 radians.
+    apart("mrope((16, 24, 24))", source, tables(MROPE, positions), table, 2e-5)
+    ours = rope3d.apply(q.transpose(1, 2), k.transpose(1, 2), MROPE, positions)
     for left, right in zip(ours, theirs, strict=True):
         torch.testing.assert_close(left.transpose(1, 2), right, atol=1e-4, rtol=0)
 
 
-def test_partial_rotary_equals_transformers() -> None:
+@pytest.mark.parametrize("top", [200, 100_000])
+def test_mrope_equals_transformers_in_float64(qwen2_vl, apart, top) -> None:
+    q, k = torch.randn(1, 2, 9, 128).double(), torch.randn(1, 1, 9, 128).double()
+    positions = torch.randint(0, top, (9, 3), generator=torch.Generator().manual_seed(0))
+    with InFloat64():
+        table, theirs = qwen2_vl(q, k, positions)
+    assert table[0].dtype == torch.float64
+    source = f"transformers, Qwen2VLRotaryEmbedding in float64, positions below {top}"
+    apart("mrope((16, 24, 24))", source, tables(MROPE, positions), table, 1e-6)
+    ours = rope3d.apply(q.transpose(1, 2), k.transpose(1, 2), MROPE, positions)
+    for left, right in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(left.transpose(1, 2), right, atol=1e-6, rtol=0)
+
+
+def test_partial_rotary_equals_transformers(apart) -> None:
     module = pytest.importorskip("transformers.models.gpt_neox.modeling_gpt_neox")
-    q, k = torch.randn(1, 2, 9, 80), torch.randn(1, 2, 9, 80)
+    q, k = torch.randn(2, 1, 2, 9, 80, generator=torch.Generator().manual_seed(0))
     rope = rope3d.axial((32,), pairing="half").partial(80)
     angle = torch.arange(9.0)[:, None] * 10000 ** (-torch.arange(0, 32, 2) / 32)
     angle = torch.cat((angle, angle), -1)[None]
     theirs = module.apply_rotary_pos_emb(q, k, angle.cos(), angle.sin())
     ours = rope3d.apply(q.transpose(1, 2), k.transpose(1, 2), rope, torch.arange(9)[:, None])
-    for left, right in zip(ours, theirs, strict=True):
-        difference = (left.transpose(1, 2) - right).abs().max()
-        print(f"partial: max abs difference {difference:.2e}")
-        assert difference <= FLOAT32
+    ours = [x.transpose(1, 2) for x in ours]
+    source = "transformers, apply_rotary_pos_emb of GPT-NeoX"
+    apart('axial((32,), pairing="half").partial(80), q and k', source, ours, theirs, FLOAT32)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 
 import rope3d
-from rope3d import reference
+from rope3d import angles, reference
 
 LAYOUTS = {
     "lumina": rope3d.lumina(24),
@@ -155,12 +155,36 @@ def test_positions_can_be_learned() -> None:
     assert positions.grad.abs().sum() > 0
 
 
-def test_autocast_does_not_lower_the_precision() -> None:
-    q, rope, positions = torch.randn(5, 1, 8), rope3d.lumina(8), torch.randn(5, 2) * 100
-    plain, _ = rope3d.apply(q, q, rope, positions)
+@pytest.mark.parametrize("float64", [True, False], ids=["float64", "turns"])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        rope3d.lumina(8),
+        rope3d.lumina(8).extrapolate("time-aware", scale=2.0),
+        rope3d.lumina(8).extrapolate("time-aware-watershed", scale=2.0),
+        rope3d.LearnedRope(rope3d.lumina(8)),
+        rope3d.LearnedRope.mixed(8, 1, generator=torch.Generator().manual_seed(0)),
+    ],
+    ids=["plain", "time-aware", "watershed", "learned", "mixed"],
+)
+def test_autocast_does_not_lower_the_precision(rope, float64, monkeypatch) -> None:
+    q, positions, t = torch.randn(5, 1, 8), torch.randn(5, 2) * 10000, torch.tensor(0.6)
+    exact = rope.rotation(positions, t)
+    monkeypatch.setattr(angles, "has_float64", lambda device: float64)
+    plain, _ = rope3d.apply(q, q, rope, positions, t=t)
     with torch.autocast("cpu", torch.bfloat16):
-        cast, _ = rope3d.apply(q, q, rope, positions)
+        rotation = rope.rotation(positions, t)
+        cast, _ = rope3d.apply(q, q, rope, positions, t=t)
     assert torch.equal(plain, cast)
+    torch.testing.assert_close(rotation.cos, exact.cos, atol=1e-6, rtol=0)
+    torch.testing.assert_close(rotation.sin, exact.sin, atol=1e-6, rtol=0)
+
+
+def test_autocast_lowers_an_einsum_which_is_why_angles_are_none() -> None:
+    rope, positions = rope3d.lumina(8), torch.arange(1000.0, 1010.0).view(5, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        angle = torch.einsum("ta,ap->tp", positions, torch.tensor(rope.frequencies))
+    assert (angle.float().cos() - rope.rotation(positions).cos).abs().max() > 0.1
 
 
 def test_compiles_whole_and_once_for_all_positions() -> None:

@@ -26,7 +26,8 @@ class Kept:
 
     def spread(self, weights: Sequence[float]) -> tuple[float, ...]:
         """Line up the weights of the newest evaluations at step ends with all that was kept."""
-        left, lined_up = list(weights), []
+        left = list(weights)
+        lined_up: list[float] = []
         for t in reversed(self.times):
             if not left:
                 break
@@ -74,7 +75,8 @@ class Adams:
         extra = count * (tableau.stages - 1)
         if nfe < 2 * count + extra:
             count = extra = 0
-        kept, steps = Kept(), []
+        kept = Kept()
+        steps: list[Step] = []
         for n, (t, t_next) in enumerate(pairwise(grid(nfe - extra))):
             if n < count:
                 steps.append(kept.run(tableau, t, t_next))
@@ -144,7 +146,8 @@ def predict_correct(
     Returns:
         The steps. One row each, but two in the first step that predicts, and none in the last.
     """
-    kept, steps = Kept(), []
+    kept = Kept()
+    steps: list[Step] = []
     for n, (t, t_next) in enumerate(pairwise(times)):
         if n == 0 and start is not None and len(times) > 2:
             steps.append(kept.run(start, t, t_next))

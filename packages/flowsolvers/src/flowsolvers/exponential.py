@@ -61,7 +61,8 @@ class Exponential:
     def lay_out(self, nfe: int, grid: Grid) -> tuple[Step, ...]:
         """Write the steps."""
         start = self.order == 3 and nfe >= 4
-        kept, steps = Kept(), []
+        kept = Kept()
+        steps: list[Step] = []
         for n, (t, t_next) in enumerate(pairwise(grid(nfe - start))):
             if n == 0 and start:
                 kept.times += [t, None]

@@ -4,13 +4,14 @@ from importlib.metadata import version
 
 from rope3d.attention_backends import AttentionBackend, GatedAttentionBackend
 from rope3d.attention_case import AttentionCase
-from rope3d.backends import Backend
+from rope3d.backends import Backend, WritingBackend
 from rope3d.explanation import explain
 from rope3d.extrapolation import yarn_scale
 from rope3d.gated_text import GatedText
 from rope3d.layouts import axial, lumina, mrope, paper
+from rope3d.learned_rope import LearnedRope
 from rope3d.model_layouts import cogvideox, flux, hunyuan_video, lumina2, wan
-from rope3d.positions import grid, pack
+from rope3d.positions import grid, pack, points
 from rope3d.rope import Rope
 from rope3d.rotation import Rotation, apply, rotate
 from rope3d.softmax_attention import attention
@@ -25,9 +26,11 @@ __all__ = [
     "Backend",
     "GatedAttentionBackend",
     "GatedText",
+    "LearnedRope",
     "Rope",
     "Rotation",
     "TimedRope",
+    "WritingBackend",
     "__version__",
     "apply",
     "attention",
@@ -43,6 +46,7 @@ __all__ = [
     "pack",
     "paper",
     "plot_wavelengths",
+    "points",
     "rotate",
     "wan",
     "wavelengths",

@@ -12,7 +12,18 @@ from torch import Tensor
 from rope3d.compile_constant import compile_constant, static_sizes
 from rope3d.turns import split_turns, turn_angles
 
-__all__ = ["cos_sin", "exact_cos_sin", "has_float64", "matrix", "real_dtype", "spell"]
+__all__ = [
+    "cos_sin",
+    "exact_cos_sin",
+    "has_float64",
+    "matrix",
+    "real_dtype",
+    "spell",
+    "turn_cos_sin",
+]
+
+#: What cosines and sines are rounded to: all that backends need to know.
+TABLE = torch.float32
 
 
 class _Matrices:
@@ -45,22 +56,24 @@ def real_dtype(device: torch.device) -> torch.dtype:
 
 
 def matrix(
-    spelled: str, rows: tuple[tuple[float, ...], ...], dtype: torch.dtype, like: Tensor
+    spelled: str, rows: tuple[tuple[float, ...], ...], dtype: torch.dtype | None, like: Tensor
 ) -> Tensor:
     """Copy rows to the device of a tensor, once per process.
 
     Args:
         spelled: The rows as `spell` writes them.
         rows: Numbers of the matrix.
-        dtype: Wanted dtype.
+        dtype: Wanted dtype; None divides by 2 pi and splits in two parts, as `split_turns` does.
         like: A tensor on the wanted device.
 
     Returns:
-        `[rows, columns]`; do not write to it.
+        `[rows, columns]`, or in parts `[2 * rows, columns]`; do not write to it.
     """
     if type(like) is Tensor:
         return getattr(_MATRICES, _on_device(spelled, dtype, like.device))
     # A tensor subclass, such as the fake tensors of torch.export, must not be cached.
+    if dtype is None:
+        return split_turns(torch.tensor(rows, dtype=torch.float64)).to(like.device)
     return torch.tensor(rows, dtype=dtype, device=like.device)
 
 
@@ -81,11 +94,24 @@ def exact_cos_sin(
     # 25 ms against 49 ms for wan() at 16384. So turns serve only where float64 is missing.
     if has_float64(positions.device):
         return cos_sin(positions, matrix(spelled, rows, torch.float64, positions))
-    if type(positions) is Tensor:
-        turns = getattr(_MATRICES, _on_device(spelled, None, positions.device))
-    else:
-        turns = split_turns(torch.tensor(rows, dtype=torch.float64)).to(positions.device)
-    angle = turn_angles(positions.to(torch.float32), turns)
+    high, low = matrix(spelled, rows, None, positions).chunk(2)
+    return turn_cos_sin(positions, high.unbind(), low.unbind())
+
+
+def turn_cos_sin(
+    positions: Tensor, high: Sequence[Tensor], low: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Do what `cos_sin` does in float32 arithmetic alone, as exactly.
+
+    Args:
+        positions: `[..., tokens, axes]`.
+        high: Frequencies in turns, in two float32 parts, as `turn_angles` takes them.
+        low: As `high`.
+
+    Returns:
+        Cosine and sine, `[..., tokens, pairs]`, float32.
+    """
+    angle = turn_angles(positions.to(torch.float32), high, low)
     return angle.cos(), angle.sin()
 
 
@@ -106,7 +132,7 @@ def cos_sin(positions: Tensor, frequencies: Tensor | Sequence[Tensor]) -> tuple[
     angle = positions[..., :1].to(dtype) * frequencies[0]
     for axis in range(1, positions.shape[-1]):
         angle = angle + positions[..., axis : axis + 1].to(dtype) * frequencies[axis]
-    return angle.cos().to(torch.float32), angle.sin().to(torch.float32)
+    return angle.cos().to(TABLE), angle.sin().to(TABLE)
 
 
 @compile_constant

@@ -23,6 +23,7 @@ __all__ = [
     "GROUP",
     "VARIABLE",
     "Backend",
+    "WritingBackend",
     "choose",
     "explain_rotation",
     "installed",
@@ -76,6 +77,22 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class WritingBackend(Backend, Protocol):
+    """A backend that can also rotate in place; for others the result is copied into q and k."""
+
+    def rotate_(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Rotate in place; called eagerly only, where no gradient is recorded.
+
+        Args:
+            q: As in `rotate`; no two elements of q and k share memory.
+            k: As `q`, with its own number of heads.
+            cos: As in `rotate`.
+            sin: As `cos`.
+        """
+        ...
+
+
 #: Backends that have been imported. The reference needs no look-up, so that a rotation on the CPU
 #: reads no metadata.
 _LOADED: dict[str, Backend] = {REFERENCE.name: REFERENCE}
@@ -120,7 +137,9 @@ def refresh() -> None:
     _LOADED[REFERENCE.name] = REFERENCE
 
 
-def choose(q: Tensor, k: Tensor, backend: str | None = None) -> Backend:
+def choose(
+    q: Tensor, k: Tensor, backend: str | None = None, *, reference_only: str | None = None
+) -> Backend:
     """Pick the backend for two tensors.
 
     The argument decides, else the environment variable ROPE3D_BACKEND, else the first installed
@@ -131,6 +150,7 @@ def choose(q: Tensor, k: Tensor, backend: str | None = None) -> Backend:
         q: `[batch, tokens, heads, head_dim]` or `[tokens, heads, head_dim]`.
         k: As `q`, with its own number of heads.
         backend: A name, or None.
+        reference_only: Why no other backend than the reference may serve, or None if any may.
 
     Returns:
         The backend.
@@ -144,6 +164,8 @@ def choose(q: Tensor, k: Tensor, backend: str | None = None) -> Backend:
     for name in _candidates(q.device.type, backend):
         candidate = _LOADED[name]
         reason = candidate.why_not(q, k)
+        if name != REFERENCE.name:
+            reason = reason or reference_only
         if reason is None:
             return candidate
         refusals += f"; {name}: {reason}"

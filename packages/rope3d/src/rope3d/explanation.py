@@ -9,6 +9,7 @@ from torch import Tensor
 from rope3d import attention_backends
 from rope3d.backends import explain_rotation
 from rope3d.gated_text import GatedText
+from rope3d.learned_rope import LearnedRope
 from rope3d.rope import Rope
 from rope3d.softmax_attention import case_of, text_case_of
 from rope3d.timed_rope import TimedRope
@@ -20,7 +21,7 @@ def explain(
     q: Tensor,
     k: Tensor,
     v: Tensor | None = None,
-    rope: Rope | TimedRope | None = None,
+    rope: Rope | TimedRope | LearnedRope | None = None,
     *,
     lengths: Sequence[int] | None = None,
     key_lengths: Sequence[int] | None = None,

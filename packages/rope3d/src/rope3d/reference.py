@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 __all__ = ["REFERENCE", "Reference"]
+
+# Elements that are turned at once in place: what is alive beside q and k is a few times as large.
+_BLOCK = 2**18
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,35 @@ class Reference:
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
         return _turn_halves(q, cos, sin), _turn_halves(k, cos, sin)
 
+    def rotate_(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Rotate as `rotate`, writing into q and k."""
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        for x in (q, k):
+            if not _multiplies_complex(x):
+                _write(x, cos, sin, _turn)
+            elif x.dtype in (torch.float32, torch.float64) and _holds_complex(x):
+                pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+                pairs.mul_(torch.complex(cos.to(x.dtype), sin.to(x.dtype)))
+            else:
+                _write(x, cos, sin, _turn_complex)
+
+    def rotate_half_(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Rotate as `rotate_half`, writing into q and k."""
+        for x in (q, k):
+            _write(x, cos.unsqueeze(-2), sin.unsqueeze(-2), _turn_halves)
+
+
+def _write(
+    x: Tensor, cos: Tensor, sin: Tensor, turn: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> None:
+    """Write what `turn` gives into x, block by block of its third dimension from the end."""
+    if x.numel() == 0:
+        return
+    rows = max(1, _BLOCK * x.shape[-3] // x.numel())
+    blocks = (tensor.split(rows, dim=-3) for tensor in (x, cos, sin))
+    for part, c, s in zip(*blocks, strict=True):
+        part.copy_(turn(part, c, s))
+
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -51,11 +84,18 @@ def _multiplies_complex(x: Tensor) -> bool:
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
+def _holds_complex(x: Tensor) -> bool:
+    """Tell whether pairs can be read as complex numbers: two neighbours at an even place."""
+    if x.stride(-1) != 1 or x.storage_offset() % 2:
+        return False
+    return not any(stride % 2 for stride in x.stride()[:-1])
+
+
 def _turn_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide = x.to(dtype)
-    if wide.stride(-1) != 1 or wide.storage_offset() % 2 or any(s % 2 for s in wide.stride()[:-1]):
-        wide = wide.contiguous()  # a complex number is two neighbours at an even place
+    if not _holds_complex(wide):
+        wide = wide.contiguous()
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(pairs * torch.complex(cos.to(dtype), sin.to(dtype)))
     return turned.flatten(-2).to(x.dtype)

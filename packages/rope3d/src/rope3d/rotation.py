@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from rope3d.backends import choose
+from rope3d.backends import Backend, WritingBackend, choose
+from rope3d.overlap import meet, repeats
 from rope3d.reference import Reference
 
 if TYPE_CHECKING:
+    from rope3d.learned_rope import LearnedRope
     from rope3d.rope import Rope
     from rope3d.timed_rope import TimedRope
 
@@ -27,53 +29,68 @@ class Rotation:
     Compute it once per set of positions with `Rope.rotation` and use it in every layer.
 
     Args:
-        cos: `[..., tokens, pairs]`, float32.
+        cos: `[..., tokens, pairs]`, or with `per_head` `[..., tokens, heads, pairs]`; float32.
         sin: Same shape and dtype.
         pairing: Which channels form a pair, as in `Rope`.
         untouched: Channels at the end of a head that belong to no pair.
+        per_head: Whether each key head has its own angles, as in `LearnedRope`.
 
     Raises:
-        ValueError: The two differ in shape, or have fewer than 2 dimensions.
+        ValueError: The two differ in shape, or have fewer than 2 dimensions (3 with `per_head`).
     """
 
     cos: Tensor
     sin: Tensor
     pairing: Pairing = "interleaved"
     untouched: int = 0
+    per_head: bool = False
 
     def __post_init__(self) -> None:
         """Check that cosine and sine belong together."""
-        if self.cos.shape != self.sin.shape or self.cos.ndim < 2:
+        if self.cos.shape != self.sin.shape or self.cos.ndim < 2 + self.per_head:
+            form = "[..., tokens, heads, pairs]" if self.per_head else "[..., tokens, pairs]"
             raise ValueError(
                 f"cos has shape {tuple(self.cos.shape)} and sin {tuple(self.sin.shape)}; "
-                "expected both [..., tokens, pairs]"
+                f"expected both {form}"
             )
 
 
 def rotate(
-    q: Tensor, k: Tensor, rotation: Rotation, *, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    rotation: Rotation,
+    *,
+    inplace: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys, pair of channels by pair.
 
     y[a] = x[a] cos - x[b] sin;  y[b] = x[a] sin + x[b] cos
 
     The arithmetic is float32 (float64 for float64 inputs); the result has the input's dtype.
-    Inputs are left unchanged and may have any strides.
+    Inputs may have any strides and are left unchanged, unless in place.
 
     Args:
         q: `[batch, tokens, heads, head_dim]`, or packed `[tokens, heads, head_dim]`.
         k: As `q`, with its own number of heads.
         rotation: `[tokens, pairs]`, or `[batch, tokens, pairs]` for positions that differ
-            between samples; head_dim is 2 * pairs + untouched.
+            between samples; with `per_head` also the heads of k before the pairs, each shared by
+            heads of q / heads of k neighbours. head_dim is 2 * pairs + untouched.
+        inplace: Write the result into q and k and return them. Where no gradient is recorded, a
+            backend that can write needs little memory beside them (the reference goes block by
+            block); elsewhere the result is copied into them. Where gradients are recorded, slice
+            q and k out of a projection: PyTorch refuses to write into parts that `split` made.
         backend: Name of an installed backend. None takes the environment variable
-            ROPE3D_BACKEND, else the fastest one that serves these tensors (see `explain`).
+            ROPE3D_BACKEND, else the fastest one that serves these tensors (see `explain`). Only
+            the reference turns each head by itself, or computes gradients of cosine and sine.
 
     Returns:
         The rotated `(q, k)`, same shapes and dtypes.
 
     Raises:
-        ValueError: Shapes do not fit one another, the backend's name is not installed, or the
-            named backend cannot serve these tensors.
+        ValueError: Shapes do not fit one another, the backend's name is not installed, the
+            named backend cannot serve these tensors or this rotation, or in place q or k is a
+            leaf that requires a gradient, repeats an element, or shares one with the other.
         ImportError: The named backend is installed but failed to load.
 
     Convention:
@@ -87,26 +104,71 @@ def rotate(
     tensor([[[0., 1.]]])
     """
     _check(q, k, rotation)
+    if inplace:
+        _check_writable(q, k)
+    width = 2 * rotation.cos.shape[-1]
+    own_q, own_k = (q, k) if not rotation.untouched else (q[..., :width], k[..., :width])
+    chosen = choose(own_q, own_k, backend, reference_only=_reference_only(rotation))
+    own_q, own_k = _grouped(own_q, rotation), _grouped(own_k, rotation)
+    if inplace:
+        _write(chosen, own_q, own_k, rotation)
+        return q, k
+    own_q, own_k = _turned(chosen, own_q, own_k, rotation)
+    if rotation.per_head:
+        own_q, own_k = own_q.flatten(-3, -2), own_k.flatten(-3, -2)
+    if rotation.untouched:
+        own_q = torch.cat((own_q, q[..., width:]), dim=-1)
+        own_k = torch.cat((own_k, k[..., width:]), dim=-1)
+    return own_q, own_k
+
+
+def _grouped(x: Tensor, rotation: Rotation) -> Tensor:
+    """Make the heads that share a key head a dimension, along which its angles repeat."""
+    if not rotation.per_head:
+        return x
+    heads = rotation.cos.shape[-2]
+    return x.unflatten(-2, (heads, x.shape[-2] // heads))
+
+
+def _reference_only(rotation: Rotation) -> str | None:
+    """Say why backends other than the reference, which know one constant table, do not serve."""
+    if rotation.per_head:
+        return "each head has its own angles, which only the backend 'reference' knows"
+    if torch.is_grad_enabled() and (rotation.cos.requires_grad or rotation.sin.requires_grad):
+        return (
+            "cosine or sine requires a gradient, which only the backend 'reference' computes; "
+            "detach the positions and frequencies if they are not learned"
+        )
+    return None
+
+
+def _turned(chosen: Backend, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
     cos, sin = rotation.cos, rotation.sin
-    if not rotation.untouched:
-        return _paired(q, k, cos, sin, rotation.pairing, backend)
-    sizes = (2 * cos.shape[-1], rotation.untouched)
-    (q, q_rest), (k, k_rest) = q.split(sizes, dim=-1), k.split(sizes, dim=-1)
-    q, k = _paired(q, k, cos, sin, rotation.pairing, backend)
-    return torch.cat((q, q_rest), dim=-1), torch.cat((k, k_rest), dim=-1)
-
-
-def _paired(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, pairing: Pairing, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    chosen = choose(q, k, backend)
-    if pairing == "interleaved":
+    if rotation.pairing == "interleaved":
         return chosen.rotate(q, k, cos, sin)
     if isinstance(chosen, Reference):
         return chosen.rotate_half(q, k, cos, sin)
     # Backends know adjacent pairs only: bring the halves together, and apart again.
     q, k = chosen.rotate(_adjacent(q), _adjacent(k), cos, sin)
     return _halves(q), _halves(k)
+
+
+def _write(chosen: Backend, q: Tensor, k: Tensor, rotation: Rotation) -> None:
+    cos, sin = rotation.cos, rotation.sin
+    learns = torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)
+    records = learns or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad))
+    # Under torch.compile a copy is fused with what it copies.
+    if not records and not torch.compiler.is_compiling():
+        if isinstance(chosen, Reference) and rotation.pairing == "half":
+            chosen.rotate_half_(q, k, cos, sin)
+            return
+        if isinstance(chosen, WritingBackend) and rotation.pairing == "interleaved":
+            chosen.rotate_(q, k, cos, sin)
+            return
+    # The gradient of cosine and sine needs q and k as they were.
+    before = (q.clone(), k.clone()) if learns else (q, k)
+    for x, turned in zip((q, k), _turned(chosen, *before, rotation), strict=True):
+        x.copy_(turned)
 
 
 def _adjacent(x: Tensor) -> Tensor:
@@ -120,10 +182,11 @@ def _halves(x: Tensor) -> Tensor:
 def apply(
     q: Tensor,
     k: Tensor,
-    rope: Rope | TimedRope,
+    rope: Rope | TimedRope | LearnedRope,
     positions: Tensor,
     *,
     t: Tensor | float | None = None,
+    inplace: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by their positions: `rotate(q, k, rope.rotation(positions, t))`.
@@ -135,6 +198,7 @@ def apply(
         positions: `[tokens, axes]` or `[batch, tokens, axes]`.
         t: Timesteps in [0, 1], 0 = noise, for a `TimedRope`: one number, `[batch]`, or packed
             `[tokens]`.
+        inplace: As in `rotate`.
         backend: As in `rotate`.
 
     Returns:
@@ -152,23 +216,27 @@ def apply(
     """
     if isinstance(t, Tensor) and t.ndim and q.ndim == 4 and positions.ndim == 2:
         positions = positions.unsqueeze(0)  # the samples share their positions, not their times
-    return rotate(q, k, rope.rotation(positions, t), backend=backend)
+    return rotate(q, k, rope.rotation(positions, t), inplace=inplace, backend=backend)
 
 
 def _check(q: Tensor, k: Tensor, rotation: Rotation) -> None:
     cos, channels = rotation.cos, 2 * rotation.cos.shape[-1] + rotation.untouched
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, rotation {tuple(cos.shape)}"
+    if rotation.per_head:
+        _check_heads(q, k, cos)
+        cos = cos.select(-2, 0)
+    # Shapes are written out only where something is wrong: that takes longer than the checks.
     if q.ndim not in (3, 4) or k.ndim != q.ndim:
         raise ValueError(
-            f"{shapes}: expected q and k both [batch, tokens, heads, head_dim] or both "
+            f"{_shapes(q, k, cos)}: expected q and k both [batch, tokens, heads, head_dim] or both "
             "[tokens, heads, head_dim]; transpose [batch, heads, tokens, head_dim] first"
         )
     if q.shape[:-2] != k.shape[:-2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"{shapes}: q and k may differ only in the number of heads")
+        raise ValueError(f"{_shapes(q, k, cos)}: q and k may differ only in the number of heads")
     if q.shape[-1] != channels:
         raise ValueError(
-            f"{shapes}: head_dim is {q.shape[-1]} but the rotation turns {cos.shape[-1]} pairs "
-            f"of a head of {channels} channels; build the layout with head_dim={q.shape[-1]}"
+            f"{_shapes(q, k, cos)}: head_dim is {q.shape[-1]} but the rotation turns "
+            f"{cos.shape[-1]} pairs of a head of {channels} channels; build the layout with "
+            f"head_dim={q.shape[-1]}"
         )
     tokens, own = q.shape[-3], cos.ndim > 2  # own: each sample has its rotation
     # Sizes may be symbols under torch.compile, which `in` does not compare by value.
@@ -176,6 +244,44 @@ def _check(q: Tensor, k: Tensor, rotation: Rotation) -> None:
         own and (cos.ndim != q.ndim - 1 or (cos.shape[0] != 1 and cos.shape[0] != q.shape[0]))
     ):
         raise ValueError(
-            f"{shapes}: the rotation must cover the {tokens} tokens of q, as [tokens, pairs] or, "
-            "for dense q, [batch, tokens, pairs]; use as many positions as there are tokens"
+            f"{_shapes(q, k, cos)}: the rotation must cover the {tokens} tokens of q, as "
+            "[tokens, pairs] or, for dense q, [batch, tokens, pairs]; use as many positions as "
+            "there are tokens"
+        )
+
+
+def _shapes(q: Tensor, k: Tensor, cos: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, rotation {tuple(cos.shape)}"
+
+
+def _check_heads(q: Tensor, k: Tensor, cos: Tensor) -> None:
+    heads = cos.shape[-2]
+    if heads != k.shape[-2] or heads == 0 or q.shape[-2] % heads:
+        raise ValueError(
+            f"q has {q.shape[-2]} heads, k {k.shape[-2]} and the rotation {heads}; expected as "
+            "many in the rotation as in k, and a multiple of them in q"
+        )
+
+
+def _check_writable(q: Tensor, k: Tensor) -> None:
+    for name, x in (("q", q), ("k", k)):
+        if torch.is_grad_enabled() and x.requires_grad and x.is_leaf:
+            raise ValueError(
+                f"{name} is a leaf that requires a gradient, which is the one of its value before "
+                "the rotation; rotate out of place, or under torch.no_grad()"
+            )
+    if q is k:
+        raise ValueError("q and k are one tensor, which would be rotated twice; clone one of them")
+    if torch.compiler.is_compiling():
+        return  # there are no addresses to look at
+    for name, x in (("q", q), ("k", k)):
+        if repeats(x):
+            raise ValueError(
+                f"{name} of shape {tuple(x.shape)} and strides {x.stride()} has elements that "
+                "share memory and cannot be written apart; clone it or rotate out of place"
+            )
+    if meet(q, k):
+        raise ValueError(
+            "q and k share elements, which would be rotated twice; clone one of them or rotate "
+            "out of place"
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from rope3d.attention_backends import GatedAttentionBackend, choose, choose_gated
 from rope3d.attention_case import AttentionCase
 from rope3d.gated_text import GatedText
+from rope3d.learned_rope import LearnedRope
 from rope3d.rope import Rope
 from rope3d.rotation import apply
 from rope3d.timed_rope import TimedRope
@@ -25,7 +26,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rope: Rope | TimedRope | None = None,
+    rope: Rope | TimedRope | LearnedRope | None = None,
     positions: Tensor | None = None,
     *,
     t: Tensor | float | None = None,
