@@ -41,6 +41,18 @@ def test_rope3d_rotates_with_it(rope3d, monkeypatch) -> None:
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)
 
 
+def test_rope3d_rotates_in_place_with_it(rope3d, monkeypatch) -> None:
+    q, k = torch.randn(2, 6, 4, 26, device=DEVICE), torch.randn(2, 6, 2, 26, device=DEVICE)
+    rotation = rope3d.lumina(24).partial(26).rotation(rope3d.grid(height=2, width=3).to(DEVICE))
+    assert isinstance(TRITON, rope3d.WritingBackend)
+    expected = rope3d.rotate(q, k, rotation, backend="reference")
+    monkeypatch.setattr(rotary, "_outputs", None)  # needs no memory of its own
+    ours = rope3d.rotate(q, k, rotation, backend="triton", inplace=True)
+    assert ours[0] is q
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=0)
+
+
 def test_rope3d_compiles_with_it(rope3d) -> None:
     q, k = torch.randn(6, 4, 24, device=DEVICE), torch.randn(6, 2, 24, device=DEVICE)
     rotation = rope3d.lumina(24).rotation(rope3d.grid(height=2, width=3).to(DEVICE))

@@ -15,6 +15,7 @@ def rotary_constants(width, vector):
     return {
         "D": width,
         "CONJUGATE": True,
+        "IN_PLACE": False,
         "VECTOR": vector,
         "TABLE_VECTOR": math.gcd(4, width // 2),
         "BLOCK_H": rotary._HEADS,
@@ -28,7 +29,12 @@ def glu_constants(width, vector):
     return {"W": width, "VECTOR": vector, "BLOCK_T": glu._TILE // block, "BLOCK_W": block}
 
 
+def in_place_constants(width, vector):
+    return rotary_constants(width, vector) | {"IN_PLACE": True}
+
+
 KERNELS = {
+    "rotary-in-place": ("rotary:rotate_qk_kernel", in_place_constants),
     "rotary": ("rotary:rotate_qk_kernel", rotary_constants),
     "swiglu": ("glu:swiglu_kernel", glu_constants),
     "swiglu-backward": ("glu:swiglu_backward_kernel", glu_constants),
@@ -38,6 +44,7 @@ CASES = [
     for capability in (80, 90, 100)
     for kernel, dtype, width in [
         *(("rotary", "bf16", width) for width in (24, 64, 72, 96, 128, 256)),
+        *(("rotary-in-place", "bf16", width) for width in (72, 128)),
         *(("rotary", "fp16", 72), ("rotary", "fp32", 72)),
         *(("swiglu", "bf16", width) for width in (96, 1536, 6144)),
         *(("swiglu", "fp16", 1536), ("swiglu", "fp32", 1536)),

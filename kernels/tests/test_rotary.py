@@ -115,6 +115,29 @@ LAYOUTS = {
 }
 
 
+@each_shape
+def test_in_place_equals_complex_multiplication(draw, shape) -> None:
+    batch, tokens, heads, kv_heads, width = shape
+    q, k = draw(batch, tokens, heads, width), draw(batch, tokens, kv_heads, width)
+    cos, sin = draw.angles(tokens, width // 2)
+    expected = [complex_rotation(x, cos, sin) for x in (q, k)]
+    rotary.rotate_(q, k, cos, sin)
+    for ours, theirs in zip((q, k), expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if not name.endswith("-for-all")])
+def test_in_place_writes_to_nothing_else(draw, name) -> None:
+    q, k = LAYOUTS[name](draw), draw(2, 18, 2, 24)
+    cos, sin = draw.angles(18, 12)
+    whole = q.as_strided((q.untyped_storage().nbytes() // 4,), (1,), 0)
+    expected = whole.clone()
+    seen = expected.as_strided(q.shape, q.stride(), q.storage_offset())
+    seen.copy_(complex_rotation(q, cos, sin))
+    rotary.rotate_(q, k, cos, sin)
+    torch.testing.assert_close(whole, expected, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_any_strides(draw, layout) -> None:
     x, contiguous = layout(draw), draw(2, 18, 2, 24)

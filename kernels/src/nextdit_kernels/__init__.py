@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nextdit_kernels.backend import TRITON
     from nextdit_kernels.glu import swiglu
-    from nextdit_kernels.rotary import rotate
+    from nextdit_kernels.rotary import rotate, rotate_
 
 __version__ = version("nextdit-kernels")
 
-__all__ = ["TRITON", "__version__", "rotate", "swiglu"]
+__all__ = ["TRITON", "__version__", "rotate", "rotate_", "swiglu"]
 
 _MODULES = {
     "TRITON": "nextdit_kernels.backend",
     "rotate": "nextdit_kernels.rotary",
+    "rotate_": "nextdit_kernels.rotary",
     "swiglu": "nextdit_kernels.glu",
 }
 

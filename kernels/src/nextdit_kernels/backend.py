@@ -33,5 +33,9 @@ class TritonBackend:
         """Rotate as `nextdit_kernels.rotate` documents."""
         return rotary.rotate(q, k, cos, sin)
 
+    def rotate_(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Rotate in place, as `nextdit_kernels.rotate_` documents."""
+        rotary.rotate_(q, k, cos, sin)
+
 
 TRITON = TritonBackend()

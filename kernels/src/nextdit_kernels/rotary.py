@@ -22,7 +22,7 @@ from torch.autograd.function import FunctionCtx
 
 from nextdit_kernels import operators, served
 
-__all__ = ["MAX_HEAD_DIM", "rotate", "rotate_qk_kernel", "why_not"]
+__all__ = ["MAX_HEAD_DIM", "rotate", "rotate_", "rotate_qk_kernel", "why_not"]
 
 #: The widest head that one tile holds.
 MAX_HEAD_DIM = 256
@@ -47,6 +47,7 @@ def _turn_heads(
     s_h: tl.tensor,
     s_d: tl.tensor,
     D: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -68,7 +69,10 @@ def _turn_heads(
         even, odd = tl.split(pairs)
         turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
         y = tl.reshape(turned, (BLOCK_T, BLOCK_D)).to(x.dtype)
-        tl.store(p_y + h * D, y, mask=m_h)
+        if IN_PLACE:
+            tl.store(p_x + tl.multiple_of(h * s_h, VECTOR), y, mask=m_h)
+        else:
+            tl.store(p_y + h * D, y, mask=m_h)
 
 
 # Lengths, head counts and strides are not specialised, so that another resolution does not compile
@@ -105,13 +109,14 @@ def rotate_qk_kernel(
     sin_sp: tl.tensor,
     D: tl.constexpr,
     CONJUGATE: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     VECTOR: tl.constexpr,
     TABLE_VECTOR: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Turn q `[B, T, H_Q, D]` and k `[B, T, H_K, D]` into contiguous outputs.
+    """Turn q `[B, T, H_Q, D]` and k `[B, T, H_K, D]`, into contiguous outputs or where they are.
 
     Program (i, j): sample and token block i; the j-th block of heads, those of q before those of k.
     """
@@ -134,12 +139,12 @@ def rotate_qk_kernel(
     if i_h < q_blocks:
         _turn_heads(
             q_ptr, q_out_ptr, cos, sin, i_b, o_t, i_h, T, H_Q, q_sb, q_st, q_sh, q_sd,
-            D, VECTOR, BLOCK_H, BLOCK_T, BLOCK_D,
+            D, IN_PLACE, VECTOR, BLOCK_H, BLOCK_T, BLOCK_D,
         )
     else:
         _turn_heads(
             k_ptr, k_out_ptr, cos, sin, i_b, o_t, i_h - q_blocks, T, H_K, k_sb, k_st, k_sh, k_sd,
-            D, VECTOR, BLOCK_H, BLOCK_T, BLOCK_D,
+            D, IN_PLACE, VECTOR, BLOCK_H, BLOCK_T, BLOCK_D,
         )
     # fmt: on
 
@@ -207,6 +212,30 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return _rotate_qk(q, k, cos, sin, False)
 
 
+def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate queries and keys where they are, in one launch and without further memory.
+
+    Eagerly, and not recorded by autograd; `rope3d.rotate(..., inplace=True)` takes care of both.
+
+    Args:
+        q: As in `rotate`, written to; no two elements of q and k may share memory.
+        k: As `q`, with its own number of heads.
+        cos: As in `rotate`.
+        sin: As `cos`.
+
+    Raises:
+        ValueError: As in `rotate`.
+
+    >>> device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU: TRITON_INTERPRET=1
+    >>> q, k = (torch.tensor([[[1.0, 0.0]]], device=device) for _ in range(2))
+    >>> rotate_(q, k, torch.zeros(1, 1, device=device), torch.ones(1, 1, device=device))
+    >>> q.tolist()
+    [[[0.0, 1.0]]]
+    """
+    _check(q, k, cos, sin)
+    _run(q, k, q, k, cos, sin, conjugate=False, in_place=True)
+
+
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Refuse whatever would make the kernel read outside its tensors or misread them."""
     tables = (cos, sin)
@@ -240,10 +269,25 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
     _check(q, k, cos, sin)
+    q_out, k_out = _outputs(q, k)
+    _run(q, k, q_out, k_out, cos, sin, conjugate=conjugate)
+    return q_out, k_out
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    conjugate: bool,
+    in_place: bool = False,
+) -> None:
     reason = why_not(q, k)
     if reason is not None:
         raise ValueError(f"the Triton kernel cannot rotate these tensors: {reason}")
-    q_out, k_out = _outputs(q, k)
     batch = q.shape[0] if q.ndim == 4 else 1
     tokens, heads, width = q.shape[-3:]
     kv_heads = k.shape[-2]
@@ -254,13 +298,14 @@ def _launch(
         triton.cdiv(heads, _HEADS) + triton.cdiv(kv_heads, _HEADS),
     )
     if 0 in grid or width == 0:
-        return q_out, k_out
+        return
     s_q, s_k = _strides(q, 4), _strides(k, 4)
     s_cos, s_sin = _strides(cos, 3), _strides(sin, 3)
     arguments: tuple[Any, ...] = (q, k, q_out, k_out, cos, sin, tokens, heads, kv_heads)
     constants: dict[str, Any] = {
         "D": width,
         "CONJUGATE": conjugate,
+        "IN_PLACE": in_place,
         "VECTOR": served.aligned(width, q.itemsize, s_q, s_k),
         "TABLE_VECTOR": served.aligned(width // 2, cos.itemsize, s_cos, s_sin),
         "BLOCK_H": _HEADS,
@@ -269,7 +314,6 @@ def _launch(
     }
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         rotate_qk_kernel[grid](*arguments, *s_q, *s_k, *s_cos, *s_sin, **constants)
-    return q_out, k_out
 
 
 def _outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
