@@ -53,8 +53,8 @@ _MOST, _FEWEST, _PROGRAMS = 32, 8, 512
 def _factor(m: tl.tensor, GATED: tl.constexpr):
     """Give 1 + m or tanh(m), and its slope.
 
-    With e = exp(-2 |m|): tanh |m| = (1 - e) / (1 + e) and tanh' = 4 e / (1 + e)^2. Near zero, where
-    1 - e loses digits, the series of tanh stands in.
+    With e = exp(-2 |m|): tanh |m| = (1 - e) / (1 + e). Near zero, where 1 - e loses digits, the
+    series of tanh stands in.
     """
     if GATED:
         size = tl.abs(m)
@@ -64,7 +64,7 @@ def _factor(m: tl.tensor, GATED: tl.constexpr):
         series = 1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * series))
         far = (1.0 - e) / (1.0 + e)
         factor = tl.where(size < 0.25, m * series, tl.where(m < 0, -far, far))
-        slope = 4.0 * e / ((1.0 + e) * (1.0 + e))
+        slope = 1.0 - factor * factor
     else:
         factor = 1.0 + m
         slope = tl.full(m.shape, 1.0, tl.float32)
@@ -90,6 +90,20 @@ def _rows(
 
 
 @triton.jit
+def _row(
+    x_ptr: tl.tensor,
+    o_w: tl.tensor,
+    s_w: tl.tensor,
+    W: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Load one row as float32 for every row of a tile, which keeps loads wide in narrow tiles."""
+    none = tl.zeros((BLOCK_T, 1), tl.int32)
+    p_x = x_ptr + none + (o_w.to(tl.int64) * s_w)[None, :]
+    return tl.load(p_x, mask=(o_w[None, :] < W) & (none == 0), other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _weight(
     weight_ptr: tl.tensor,
     o_w: tl.tensor,
@@ -99,11 +113,8 @@ def _weight(
     BLOCK_T: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """Load the weight once for every row of the tile, which keeps loads wide in narrow tiles."""
     if WEIGHTED:
-        none = tl.zeros((BLOCK_T, 1), tl.int32)
-        p_w = weight_ptr + none + (o_w.to(tl.int64) * s_w)[None, :]
-        weight = tl.load(p_w, mask=(none == 0) & (o_w[None, :] < W), other=0.0).to(tl.float32)
+        weight = _row(weight_ptr, o_w, s_w, W, BLOCK_T)
     else:
         weight = tl.full((BLOCK_T, BLOCK_W), 1.0, tl.float32)
     return weight
@@ -162,8 +173,7 @@ def sandwich_kernel(
     inside = o_w[None, :] < W
     factor = _weight(weight_ptr, o_w, weight_sw, W, WEIGHTED, BLOCK_T, BLOCK_W)
     if not PER_TOKEN:
-        mask = (o_row[:, None] >= 0) & inside
-        m = _rows(m_ptr, i_b, o_row * 0, o_w, mask, m_sb, m_st, m_sw, VECTOR)
+        m = _row(m_ptr + tl.multiple_of(i_b * m_sb, VECTOR), o_w, m_sw, W, BLOCK_T)
         factor *= _factor(m, GATED)[0]
     for i in range(steps):
         o_t = first + i * BLOCK_T + o_row
@@ -172,7 +182,9 @@ def sandwich_kernel(
         if CENTRED:
             mean = tl.sum(x, axis=1) / W
             x = tl.where(mask, x - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / W + eps)
+        # Rows past the end are zero, and eps may be.
+        square = tl.where(o_t < T, tl.sum(x * x, axis=1) / W + eps, 1.0)
+        rstd = 1.0 / tl.sqrt(square)
         out = x * rstd[:, None] * factor
         if PER_TOKEN:
             m = _rows(m_ptr, i_b, o_t, o_w, mask, m_sb, m_st, m_sw, VECTOR)
@@ -230,10 +242,9 @@ def sandwich_backward_kernel(
     o_w = tl.arange(0, BLOCK_W)
     o_row = tl.arange(0, BLOCK_T)
     inside = o_w[None, :] < W
-    shared = (o_row[:, None] >= 0) & inside
     scaled = _weight(weight_ptr, o_w, weight_sw, W, WEIGHTED, BLOCK_T, BLOCK_W)
     if not PER_TOKEN:
-        m = _rows(m_ptr, i_b, o_row * 0, o_w, shared, m_sb, m_st, m_sw, VECTOR)
+        m = _row(m_ptr + tl.multiple_of(i_b * m_sb, VECTOR), o_w, m_sw, W, BLOCK_T)
         scaled *= _factor(m, GATED)[0]
     total = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
     for i in range(steps):
@@ -266,7 +277,7 @@ def sandwich_backward_kernel(
             tl.store(grad_weight_ptr + o_out, tl.sum(total, axis=0), mask=o_w < W)
     else:
         # Read again rather than kept in registers during the loop.
-        m = _rows(m_ptr, i_b, o_row * 0, o_w, shared, m_sb, m_st, m_sw, VECTOR)
+        m = _row(m_ptr + tl.multiple_of(i_b * m_sb, VECTOR), o_w, m_sw, W, BLOCK_T)
         factor, slope = _factor(m, GATED)
         if GRAD_WEIGHT:
             tl.store(grad_weight_ptr + o_out, tl.sum(total * factor, axis=0), mask=o_w < W)
@@ -413,6 +424,10 @@ def _tile(width: int) -> tuple[int, int]:
     return max(1, _TILE // block_w), block_w
 
 
+def _warps(block_t: int, block_w: int) -> int:
+    return block_t * block_w // _PER_WARP
+
+
 def _tokens_per_program(tokens: int, block_t: int) -> int:
     """Choose a multiple of the rows of a tile."""
     return max(block_t, min(_MOST, max(_FEWEST, triton.next_power_of_2(tokens // _PROGRAMS))))
@@ -462,7 +477,7 @@ def _launch_kernel(
         "VECTOR": served.aligned(width, _NARROWEST, *strides),
         "BLOCK_T": block_t,
         "BLOCK_W": block_w,
-        "num_warps": max(1, block_t * block_w // _PER_WARP),
+        "num_warps": _warps(block_t, block_w),
     }
     first, second = strides[0], strides[1]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
