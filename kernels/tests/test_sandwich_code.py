@@ -35,7 +35,7 @@ CASES = [
         ("gate", 80, "fp32", 8192, False),
     ]
 ]
-# Of one thread; a block of 16 warps, as wide rows take, could not start with more than 128.
+# Of one thread; a block of 16 warps, as the widest rows take, could not start with more than 128.
 REGISTERS = {"forward": 80, "backward": 128}
 
 
@@ -65,7 +65,7 @@ def request_for(direction, kind, capability, types, width, per_token):
         | {"eps": "fp32"}
         | {name: f"*{pointers[name]}" for name in names if name.endswith("_ptr")},
         "constants": {name: constants[name] for name in names if name in constants},
-        "options": {"num_warps": sandwich._warps(block_t, block_w)},
+        "options": sandwich._options(getattr(sandwich, name), block_t, block_w),
     }
 
 
