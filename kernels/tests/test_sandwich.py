@@ -102,7 +102,7 @@ def check(operation, x, weight, m, residual, grad) -> None:
     inputs = [x, weight, m, residual][: 4 if operation is gate_residual else 3]
     before = [tensor.clone() for tensor in inputs]
     asked = [0, 2] if operation is centre_modulate else range(len(inputs))
-    dtype = functools.reduce(torch.promote_types, (inputs[i].dtype for i in asked))
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in inputs if t is not weight))
     grad = grad.to(dtype)
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     out = operation(*leaves)

@@ -179,7 +179,7 @@ def sandwich_kernel(
     if not PER_TOKEN:
         m = _row(m_ptr + tl.multiple_of(i_b * m_sb, VECTOR), o_w, m_sw, W, BLOCK_T)
         factor *= _factor(m, GATED)[0]
-    for i in range(steps):
+    for i in tl.range(steps):
         o_t = first + i * BLOCK_T + o_row
         mask = (o_t[:, None] < T) & inside
         x = _rows(x_ptr, i_b, o_t, o_w, mask, x_sb, x_st, x_sw, VECTOR)
@@ -251,7 +251,7 @@ def sandwich_backward_kernel(
         m = _row(m_ptr + tl.multiple_of(i_b * m_sb, VECTOR), o_w, m_sw, W, BLOCK_T)
         scaled *= _factor(m, GATED)[0]
     total = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
-    for i in range(steps):
+    for i in tl.range(steps):
         o_t = first + i * BLOCK_T + o_row
         mask = (o_t[:, None] < T) & inside
         x = _rows(x_ptr, i_b, o_t, o_w, mask, x_sb, x_st, x_sw, VECTOR)
@@ -356,7 +356,7 @@ def norm_modulate(
         centred: Take off the mean of a row first: a LayerNorm rather than an RMSNorm.
 
     Returns:
-        `[batch, tokens, width]`, contiguous, of the dtype that the inputs promote to.
+        `[batch, tokens, width]`, contiguous, of the dtype that x and scale promote to.
 
     Raises:
         ValueError: The shapes do not fit one another, or the kernel does not serve such tensors
@@ -391,7 +391,7 @@ def gate_residual(x: Tensor, y: Tensor, weight: Tensor, gate: Tensor, *, eps: fl
         eps: Added to the mean square.
 
     Returns:
-        `[batch, tokens, width]`, contiguous, of the dtype that the inputs promote to.
+        `[batch, tokens, width]`, contiguous, of the dtype that x, y and gate promote to.
 
     Raises:
         ValueError: The shapes do not fit one another, or the kernel does not serve such tensors
@@ -424,7 +424,7 @@ def _check(m: Tensor, weight: Tensor | None, x: Tensor, *others: Tensor) -> None
 
 def _tile(width: int) -> tuple[int, int]:
     """Give the rows and the channels of a tile, both powers of two."""
-    block_w = max(16, triton.next_power_of_2(width))
+    block_w = max(16, int(triton.next_power_of_2(width)))
     return max(1, _TILE // block_w), block_w
 
 
@@ -439,7 +439,8 @@ def _options(kernel: object, block_t: int, block_w: int) -> dict[str, int | None
 
 def _tokens_per_program(tokens: int, block_t: int) -> int:
     """Choose a multiple of the rows of a tile."""
-    return max(block_t, min(_MOST, max(_FEWEST, triton.next_power_of_2(tokens // _PROGRAMS))))
+    enough = int(triton.next_power_of_2(tokens // _PROGRAMS))
+    return max(block_t, min(_MOST, max(_FEWEST, enough)))
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -506,11 +507,11 @@ def _launch_kernel(
         )
 
 
-def _outputs(rows: tuple[Tensor, ...], weight: Tensor | None, m: Tensor) -> tuple[Tensor, Tensor]:
+def _outputs(rows: tuple[Tensor, ...], m: Tensor) -> tuple[Tensor, Tensor]:
     """Make the output, in the dtype that PyTorch's operators would give, and 1 / rms."""
     x = rows[-1]
     dtype = m.dtype
-    for tensor in (*rows, *([] if weight is None else [weight])):
+    for tensor in rows:
         dtype = torch.promote_types(dtype, tensor.dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     return out, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -527,7 +528,7 @@ def _launch_norm_modulate(
     """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
     _check(scale, weight, x)
     _refuse(why_not_norm_modulate(x, weight, scale))
-    outputs = _outputs((x,), weight, scale)
+    outputs = _outputs((x,), scale)
     if x.numel():
         constants = {"GATED": False, "CENTRED": centred}
         _launch_kernel(sandwich_kernel, (x, x), weight, scale, outputs, (eps,), constants)
@@ -539,7 +540,7 @@ def _fake_norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     """Check as the launch does, and give the outputs without numbers."""
     _check(scale, weight, x)
-    return _outputs((x,), weight, scale)
+    return _outputs((x,), scale)
 
 
 def _launch_gate_residual(
@@ -547,7 +548,7 @@ def _launch_gate_residual(
 ) -> tuple[Tensor, Tensor]:
     _check(gate, weight, x, y)
     _refuse(why_not_gate_residual(x, y, weight, gate))
-    outputs = _outputs((x, y), weight, gate)
+    outputs = _outputs((x, y), gate)
     if x.numel():
         constants = {"GATED": True, "CENTRED": False}
         _launch_kernel(sandwich_kernel, (x, y), weight, gate, outputs, (eps,), constants)
@@ -558,7 +559,7 @@ def _fake_gate_residual(
     x: Tensor, y: Tensor, weight: Tensor, gate: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     _check(gate, weight, x, y)
-    return _outputs((x, y), weight, gate)
+    return _outputs((x, y), gate)
 
 
 def _launch_backward(
@@ -580,7 +581,7 @@ def _launch_backward(
         return grad_x, grad_weight.zero_(), grad_m.zero_()
     batch, tokens, width = x.shape
     per_token = m.ndim == 3 and m.shape[1] > 1
-    programs = triton.cdiv(tokens, _tokens_per_program(batch * tokens, _tile(width)[0]))
+    programs = int(triton.cdiv(tokens, _tokens_per_program(batch * tokens, _tile(width)[0])))
     weight_rows = _partial(x, programs) if asked[1] else grad_weight
     m_rows = _partial(x, programs) if asked[2] and not per_token else grad_m
     others = (rstd, grad_x, weight_rows, m_rows)
@@ -636,6 +637,8 @@ class _Context(FunctionCtx):
     needs_input_grad: tuple[bool, ...]
     centred: bool
     residual_dtype: torch.dtype
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
 
 def _setup_norm_modulate(
