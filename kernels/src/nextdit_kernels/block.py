@@ -1,4 +1,4 @@
-"""The operations of a block that nextdit-core finds through the entry-point group `nextdit.kernels`.
+"""What nextdit-core finds through the entry-point group `nextdit.kernels`: a block's operations.
 
 For each operation a method of its name, and one that says why it cannot serve some tensors.
 """

@@ -56,15 +56,17 @@ class BlockKernels(Protocol):
         """The name of its entry point."""
         ...
 
-    def why_not_swiglu(self, gate: Tensor, up: Tensor) -> str | None: ...
+    def why_not_swiglu(self, gate: Tensor, up: Tensor) -> str | None:
+        """Say why `swiglu` cannot serve these tensors, or None if it can."""
+        ...
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         """Compute what `nextdit_core.block_operations.swiglu` documents."""
         ...
 
-    def why_not_norm_modulate(
-        self, x: Tensor, weight: Tensor | None, scale: Tensor
-    ) -> str | None: ...
+    def why_not_norm_modulate(self, x: Tensor, weight: Tensor | None, scale: Tensor) -> str | None:
+        """Say why `norm_modulate` cannot serve these tensors, or None if it can."""
+        ...
 
     def norm_modulate(
         self, x: Tensor, weight: Tensor | None, scale: Tensor, *, eps: float, centred: bool
@@ -74,7 +76,9 @@ class BlockKernels(Protocol):
 
     def why_not_gate_residual(
         self, x: Tensor, y: Tensor, weight: Tensor, gate: Tensor
-    ) -> str | None: ...
+    ) -> str | None:
+        """Say why `gate_residual` cannot serve these tensors, or None if it can."""
+        ...
 
     def gate_residual(
         self, x: Tensor, y: Tensor, weight: Tensor, gate: Tensor, *, eps: float
@@ -276,27 +280,28 @@ def explain(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str
         dtype: What all of them are.
 
     Returns:
-        By operation the name, followed by the others' reasons.
-
-    Raises:
-        UserError: As `choose`, where NEXTDIT_KERNELS names kernels.
+        By operation the name, followed by the others' reasons; or the error that it would raise.
 
     >>> explain()["swiglu"]
     'torch'
     """
-    rows, weight = torch.empty(1, 2, 8, device=device, dtype=dtype), torch.empty(0)
-    weight = rows[0, 0]
+    rows = torch.empty(1, 2, 8, device=device, dtype=dtype)
+    weight, modulation = rows[0, 0], rows[:, :1]
     tensors = {
         "swiglu": (rows, rows),
-        "norm_modulate": (rows, weight, rows[:, :1]),
-        "gate_residual": (rows, rows, weight, rows[:, :1]),
+        "norm_modulate": (rows, weight, modulation),
+        "gate_residual": (rows, rows, weight, modulation),
     }
-    said: dict[str, str] = {}
-    for operation in OPERATIONS:
-        words = choose(operation, *tensors[operation]).name
-        for name in _candidates(device):
-            reason = getattr(_LOADED[name], f"why_not_{operation}")(*tensors[operation])
-            if reason is not None:
-                words += f"; {name}: {reason}"
-        said[operation] = words
-    return said
+    return {operation: _explain(operation, tensors[operation]) for operation in OPERATIONS}
+
+
+def _explain(operation: str, tensors: tuple[Tensor, ...]) -> str:
+    try:
+        words = choose(operation, *tensors).name
+        names = _candidates(tensors[0].device.type)
+    except UserError as error:
+        return f"error: {error}"
+    for name in names:
+        reason = getattr(_LOADED[name], f"why_not_{operation}")(*tensors)
+        words += f"; {name} would not: {reason}" if reason is not None else ""
+    return words
