@@ -27,9 +27,10 @@ def backbone():
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         count = sum(lengths)
-        tokens = core.Tokens(torch.randn(count, 4), torch.rand(count, 3) * 9, lengths)
-        text = core.Conditioning(torch.randn(2, 5, 8), torch.tensor([5, 2]))
-        return model.to(DEVICE), tokens.to(DEVICE), text.to(DEVICE)
+        values, positions = torch.randn(count, 4), torch.rand(count, 3) * 9
+        tokens = core.Tokens(values.to(DEVICE), positions.to(DEVICE), lengths)
+        text = torch.randn(2, 5, 8).to(DEVICE), torch.tensor([5, 2], device=DEVICE)
+        return model.to(DEVICE), tokens, core.Conditioning(*text)
 
     return build
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ class Toy(TorchBlock):
     calls = []
 
     def why_not_swiglu(self, gate, up):
-        return "it is too wide" if gate.shape[-1] > 100 else None
+        return "it is too wide" if gate.shape[-1] > 1000 else None
 
     def swiglu(self, gate, up):
         self.calls.append("swiglu")
@@ -37,25 +38,30 @@ class Toy(TorchBlock):
 
 TOY = Toy()
 """
-ENTRY = "[nextdit.kernels]\n{0} = toy_kernels{1}:{2}\n"
+ENTRY = "[nextdit.kernels]\n{0} = {1}:TOY\n"
 
 Install = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Begin without the environment variable and without what this machine has installed."""
+
+    def toys(group: str) -> list[EntryPoint]:
+        found = entry_points(group=group)
+        return [entry for entry in found if entry.dist and entry.dist.name.startswith("toy-")]
+
     monkeypatch.delenv(block_operations.VARIABLE, raising=False)
+    monkeypatch.setattr(registry, "entry_points", toys)
     block_operations.refresh()
     yield
     block_operations.refresh()
 
 
 @pytest.fixture
-def toy(install: Install, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Install kernels that record their calls, and hide all others."""
-    install("toy-kernels", "toy_kernels", ENTRY.format("toy", "", "TOY"), MODULE)
-    entries = {"toy": registry._entries(block_operations.GROUP)["toy"]}
-    monkeypatch.setattr(registry, "_entries", lambda group: entries)
+def toy(install: Install) -> list[str]:
+    """Install kernels that record their calls."""
+    install("toy-kernels", "toy_kernels", ENTRY.format("toy", "toy_kernels"), MODULE)
     calls = registry.load(block_operations.GROUP, "toy").calls
     calls.clear()
     return calls
@@ -93,14 +99,14 @@ def test_the_whole_backbone_goes_through_the_named_kernels(
 
 
 def test_on_the_cpu_no_metadata_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_entries", None)
+    monkeypatch.setattr(registry, "entry_points", None)
     assert torch.isfinite(_velocity()).all()
 
 
 def test_on_cuda_installed_kernels_take_what_they_serve(
     toy: list[str], on_cuda: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    narrow, wide = on_cuda(2, 8), on_cuda(2, 101)
+    narrow, wide = on_cuda(2, 8), on_cuda(2, 1001)
     assert block_operations.choose("swiglu", narrow, narrow).name == "toy"
     assert block_operations.choose("swiglu", wide, wide) is block_operations.TORCH
     monkeypatch.setenv("NEXTDIT_KERNELS", "torch")
@@ -111,7 +117,7 @@ def test_named_kernels_that_cannot_serve_say_why(
     toy: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NEXTDIT_KERNELS", "toy")
-    wide = torch.zeros(101)
+    wide = torch.zeros(1001)
     with pytest.raises(UserError, match=r"NEXTDIT_KERNELS names .* swiglu here: it is too wide"):
         block_operations.swiglu(wide, wide)
 
@@ -136,8 +142,8 @@ def test_two_claims_on_one_name_name_both(
     install: Install, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for letter in "ab":
-        entry = ENTRY.format("twice", f"_{letter}", "TOY")
-        install(f"toy-kernels-{letter}", f"toy_kernels_{letter}", entry, MODULE)
+        module = f"toy_kernels_{letter}"
+        install(f"toy-kernels-{letter}", module, ENTRY.format("twice", module), MODULE)
     monkeypatch.setenv("NEXTDIT_KERNELS", "twice")
     with pytest.raises(UserError, match=r"two distributions claim the kernels 'twice': toy-kern"):
         _velocity()
@@ -157,9 +163,8 @@ def test_kernels_that_fail_to_load(
     source: str,
     message: str,
 ) -> None:
-    install("toy-kernels", "toy_kernels", ENTRY.format("broken", "", "TOY"), source)
-    entries = {"broken": registry._entries(block_operations.GROUP)["broken"]}
-    monkeypatch.setattr(registry, "_entries", lambda group: entries)
+    module = f"toy_broken_{len(source)}"
+    install("toy-kernels", module, ENTRY.format("broken", module), source)
     x = on_cuda(2, 8)
     with pytest.warns(RuntimeWarning, match="'broken' of toy-kernels 1.2.*continuing without it"):
         assert block_operations.choose("swiglu", x, x) is block_operations.TORCH
