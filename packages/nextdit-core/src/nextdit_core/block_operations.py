@@ -215,6 +215,8 @@ def choose(operation: str, x: Tensor, *others: Tensor | None) -> BlockKernels:
     reason = None
     for name in _candidates(x.device.type):
         kernels = _LOADED[name]
+        if kernels is TORCH:  # not asked: it serves all tensors
+            return kernels
         reason = getattr(kernels, f"why_not_{operation}")(x, *others)
         if reason is None:
             return kernels
