@@ -81,7 +81,7 @@ def _rows(
     i_b: tl.tensor,
     o_t: tl.tensor,
     o_w: tl.tensor,
-    m: tl.tensor,
+    mask: tl.tensor,
     s_b: tl.tensor,
     s_t: tl.tensor,
     s_w: tl.tensor,
@@ -90,7 +90,7 @@ def _rows(
     """Load the rows o_t of sample i_b as float32, whatever their strides; 0 outside the mask."""
     row = tl.multiple_of(i_b * s_b + o_t.to(tl.int64) * s_t, VECTOR)
     p_x = x_ptr + row[:, None] + (o_w.to(tl.int64) * s_w)[None, :]
-    return tl.load(p_x, mask=m, other=0.0).to(tl.float32)
+    return tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -125,12 +125,12 @@ def _weight(
 
 
 @triton.jit
-def _normed(x: tl.tensor, rstd: tl.tensor, m: tl.tensor, W: tl.constexpr, CENTRED: tl.constexpr):
-    """Scale rows by their saved rstd, after taking off their mean where CENTRED."""
+def _centred(x: tl.tensor, mask: tl.tensor, W: tl.constexpr, CENTRED: tl.constexpr):
+    """Take off the mean of each row where CENTRED."""
     if CENTRED:
         mean = tl.sum(x, axis=1) / W
-        x = tl.where(m, x - mean[:, None], 0.0)
-    return x * rstd[:, None]
+        x = tl.where(mask, x - mean[:, None], 0.0)
+    return x
 
 
 # Lengths and strides are not specialised, so that another resolution does not compile the kernels
@@ -183,9 +183,7 @@ def sandwich_kernel(
         o_t = first + i * BLOCK_T + o_row
         mask = (o_t[:, None] < T) & inside
         x = _rows(x_ptr, i_b, o_t, o_w, mask, x_sb, x_st, x_sw, VECTOR)
-        if CENTRED:
-            mean = tl.sum(x, axis=1) / W
-            x = tl.where(mask, x - mean[:, None], 0.0)
+        x = _centred(x, mask, W, CENTRED)
         # Rows past the end are zero, and eps may be.
         square = tl.where(o_t < T, tl.sum(x * x, axis=1) / W + eps, 1.0)
         rstd = tl.rsqrt(square)
@@ -257,7 +255,7 @@ def sandwich_backward_kernel(
         x = _rows(x_ptr, i_b, o_t, o_w, mask, x_sb, x_st, x_sw, VECTOR)
         grad = _rows(grad_ptr, i_b, o_t, o_w, mask, g_sb, g_st, g_sw, VECTOR)
         rstd = tl.load(rstd_ptr + i_b * T + o_t, mask=o_t < T, other=0.0)
-        n = _normed(x, rstd, mask, W, CENTRED)
+        n = _centred(x, mask, W, CENTRED) * rstd[:, None]
         o_out = ((i_b * T + o_t) * W)[:, None] + o_w[None, :]
         if PER_TOKEN:
             m = _rows(m_ptr, i_b, o_t, o_w, mask, m_sb, m_st, m_sw, VECTOR)
@@ -462,7 +460,7 @@ def _launch_kernel(
     numbers: tuple[float, ...],
     constants: dict[str, Any],
 ) -> None:
-    """Launch either kernel: its inputs, the other pointers and numbers, and what follows of them.
+    """Launch either kernel with what its caller gives and what follows from that.
 
     Args:
         kernel: One of the two.
