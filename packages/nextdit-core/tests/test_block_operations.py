@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nextdit_core import NextDiT, NextDiTConfig, Tokens, UserError, block_operations, registry
+from nextdit_core.commands.info import info
 
 MODULE = """
 from nextdit_core.block_operations import TorchBlock
@@ -195,3 +197,9 @@ def test_the_choice_is_explained(toy: list[str], monkeypatch: pytest.MonkeyPatch
     assert block_operations.explain()["gate_residual"] == "toy"
     monkeypatch.setenv("NEXTDIT_KERNELS", "toi")
     assert block_operations.explain()["swiglu"].startswith("error: unknown kernels 'toi'")
+
+
+def test_the_command_line_tells_the_choice(toy: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEXTDIT_KERNELS", "toy")
+    lines = CliRunner().invoke(info).output.splitlines()
+    assert ["gate_residual", "toy"] in [line.split() for line in lines]

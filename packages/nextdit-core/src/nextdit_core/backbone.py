@@ -213,11 +213,16 @@ class Block(nn.Module):
         """Apply the block; `modulation` is `[batch, modulation_dim]`."""
         parts = _per_token(self.adaLN_modulation(modulation), lengths).chunk(4, dim=-1)
         scale_a, gate_a, scale_f, gate_f = parts
-        modulated = norm_modulate(x, self.attention_norm1.weight, scale_a, eps=self.eps)
-        attended = self.attention(modulated, rotation, lengths, scale, trained_tokens, text)
+        attended = self.attention(
+            norm_modulate(x, self.attention_norm1.weight, scale_a, eps=self.eps),
+            rotation,
+            lengths,
+            scale,
+            trained_tokens,
+            text,
+        )
         x = gate_residual(x, attended, self.attention_norm2.weight, gate_a, eps=self.eps)
-        modulated = norm_modulate(x, self.ffn_norm1.weight, scale_f, eps=self.eps)
-        hidden = self.feed_forward(modulated)
+        hidden = self.feed_forward(norm_modulate(x, self.ffn_norm1.weight, scale_f, eps=self.eps))
         return gate_residual(x, hidden, self.ffn_norm2.weight, gate_f, eps=self.eps)
 
 
