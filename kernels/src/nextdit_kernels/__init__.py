@@ -9,15 +9,29 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nextdit_kernels.backend import TRITON
+    from nextdit_kernels.block import BLOCK
     from nextdit_kernels.glu import swiglu
     from nextdit_kernels.rotary import rotate, rotate_
+    from nextdit_kernels.sandwich import gate_residual, norm_modulate
 
 __version__ = version("nextdit-kernels")
 
-__all__ = ["TRITON", "__version__", "rotate", "rotate_", "swiglu"]
+__all__ = [
+    "BLOCK",
+    "TRITON",
+    "__version__",
+    "gate_residual",
+    "norm_modulate",
+    "rotate",
+    "rotate_",
+    "swiglu",
+]
 
 _MODULES = {
+    "BLOCK": "nextdit_kernels.block",
     "TRITON": "nextdit_kernels.backend",
+    "gate_residual": "nextdit_kernels.sandwich",
+    "norm_modulate": "nextdit_kernels.sandwich",
     "rotate": "nextdit_kernels.rotary",
     "rotate_": "nextdit_kernels.rotary",
     "swiglu": "nextdit_kernels.glu",

@@ -14,9 +14,9 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import rope3d
+from nextdit_core.block_operations import gate_residual, norm_modulate, swiglu
 from nextdit_core.conditioning import Conditioning
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.tokens import Tokens
@@ -155,7 +155,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., width]` to the same shape."""
-        return self.w2(functional.silu(self.w1(x)) * self.w3(x))
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
 
 
 class Block(nn.Module):
@@ -170,7 +170,7 @@ class Block(nn.Module):
 
     def __init__(self, config: NextDiTConfig) -> None:
         super().__init__()
-        width = config.width
+        width, self.eps = config.width, config.norm_eps
 
         def norm(size: int) -> nn.RMSNorm:
             return nn.RMSNorm(size, eps=config.norm_eps)
@@ -199,16 +199,16 @@ class Block(nn.Module):
         parts = _per_token(self.adaLN_modulation(modulation), lengths).chunk(4, dim=-1)
         scale_a, gate_a, scale_f, gate_f = parts
         attended = self.attention(
-            self.attention_norm1(x) * (1 + scale_a),
+            norm_modulate(x, self.attention_norm1.weight, scale_a, eps=self.eps),
             rotation,
             lengths,
             scale,
             trained_tokens,
             text,
         )
-        x = x + torch.tanh(gate_a) * self.attention_norm2(attended)
-        hidden = self.feed_forward(self.ffn_norm1(x) * (1 + scale_f))
-        return x + torch.tanh(gate_f) * self.ffn_norm2(hidden)
+        x = gate_residual(x, attended, self.attention_norm2.weight, gate_a, eps=self.eps)
+        hidden = self.feed_forward(norm_modulate(x, self.ffn_norm1.weight, scale_f, eps=self.eps))
+        return gate_residual(x, hidden, self.ffn_norm2.weight, gate_f, eps=self.eps)
 
 
 class FinalLayer(nn.Module):
@@ -216,7 +216,6 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: NextDiTConfig) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(config.width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(config.width, config.token_dim)
         self.adaLN_modulation = nn.Sequential(
             nn.SiLU(), nn.Linear(config.modulation_dim, config.width)
@@ -225,7 +224,7 @@ class FinalLayer(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
         """Map `[..., width]` to `[..., token_dim]`."""
         scale = _per_token(self.adaLN_modulation(modulation), lengths)
-        return self.linear(self.norm_final(x) * (1 + scale))
+        return self.linear(norm_modulate(x, None, scale, eps=1e-6, centred=True))
 
 
 def _per_token(vector: Tensor, lengths: tuple[int, ...] | None) -> Tensor:

@@ -21,6 +21,7 @@ GROUPS = {
     "nextdit.text_encoders": "text encoder",
     "nextdit.datasets": "dataset",
     "nextdit.engines": "engine",
+    "nextdit.kernels": "kernels",
     "nextdit.commands": "command",
 }
 
@@ -29,6 +30,7 @@ KNOWN = {
     "nextdit.modalities": {"image": "modality-image"},
     "nextdit.datasets": {"digits": "modality-image[digits]", "folder": "modality-image"},
     "nextdit.engines": {"ray": "nextdit-ray"},
+    "nextdit.kernels": {"triton": "nextdit-kernels"},
     "nextdit.commands": {"demo": "modality-image[digits] nextdit-ray"},
 }
 

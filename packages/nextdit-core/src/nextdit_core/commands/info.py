@@ -35,6 +35,8 @@ def _installation() -> list[tuple[str, str]]:
 
     import torch
 
+    from nextdit_core import block_operations
+
     rows = [("python", platform.python_version())]
     for name in DISTRIBUTIONS:
         try:
@@ -47,7 +49,8 @@ def _installation() -> list[tuple[str, str]]:
         rows.append(("cuda", "no device"))
     rows.append(("mps", "available" if torch.backends.mps.is_available() else "no device"))
     rows.append(("cpu threads", str(torch.get_num_threads())))
-    return rows
+    device, dtype = ("cuda", torch.bfloat16) if count else ("cpu", torch.float32)
+    return rows + list(block_operations.explain(device, dtype).items())
 
 
 def _model(path: Path) -> list[tuple[str, str]]:

@@ -1,0 +1,704 @@
+"""The norms around a layer of Next-DiT: modulate what goes in, gate what comes out and add it.
+
+x <- x + tanh(gate) RMS2( layer( RMS1(x) (1 + scale) ) )
+
+What stands before the layer and what stands after it are one launch each way. One kernel serves
+both, since either scales a normed row by its weight and by a factor of the modulation; another
+serves both backward passes.
+
+A program owns consecutive tokens of one sample and holds whole rows. A modulation that the sample's
+tokens share is therefore read once, and its gradient, a sum over tokens, leaves the program as one
+row. PyTorch adds the rows of all programs: nothing is added atomically, so that a gradient is the
+same in every run.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from nextdit_kernels import operators, served
+
+__all__ = [
+    "MAX_WIDTH",
+    "gate_residual",
+    "norm_modulate",
+    "sandwich_backward_kernel",
+    "sandwich_kernel",
+    "why_not_gate_residual",
+    "why_not_norm_modulate",
+]
+
+#: The widest row that one program holds.
+MAX_WIDTH = 8192
+
+# Elements of a tile, tokens times channels, at least, and those of one warp: 16 per thread.
+_TILE = _PER_WARP = 512
+
+# Registers of a thread of the forward kernel in one row per tile. Left alone, the compiler for some
+# GPUs stops at 48 and spills one; in several rows per tile it needs a few more than these.
+_REGISTERS = 64
+
+# Bytes of the narrowest element, which needs the most neighbours for the widest load.
+_NARROWEST = 2
+
+# Tokens of a program, at most and at least. Many amortise the modulation and the partial rows of
+# the gradients; few leave programs for the whole GPU, which _PROGRAMS of them should fill.
+_MOST, _FEWEST, _PROGRAMS = 32, 8, 512
+
+
+@triton.jit
+def _factor(m: tl.tensor, GATED: tl.constexpr):
+    """Give 1 + m or tanh(m), and its slope.
+
+    With e = exp(-2 |m|): tanh |m| = (1 - e) / (1 + e). Near zero, where 1 - e loses digits, the
+    series of tanh stands in.
+    """
+    if GATED:
+        size = tl.abs(m)
+        e = tl.exp(-2.0 * size)
+        square = m * m
+        series = 17.0 / 315.0 - square * (62.0 / 2835.0)
+        series = 1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * series))
+        far = (1.0 - e) / (1.0 + e)
+        factor = tl.where(size < 0.25, m * series, tl.where(m < 0, -far, far))
+        slope = 1.0 - factor * factor
+    else:
+        factor = 1.0 + m
+        slope = tl.full(m.shape, 1.0, tl.float32)
+    return factor, slope
+
+
+@triton.jit
+def _rows(
+    x_ptr: tl.tensor,
+    i_b: tl.tensor,
+    o_t: tl.tensor,
+    o_w: tl.tensor,
+    mask: tl.tensor,
+    s_b: tl.tensor,
+    s_t: tl.tensor,
+    s_w: tl.tensor,
+    VECTOR: tl.constexpr,
+):
+    """Load the rows o_t of sample i_b as float32, whatever their strides; 0 outside the mask."""
+    row = tl.multiple_of(i_b * s_b + o_t.to(tl.int64) * s_t, VECTOR)
+    p_x = x_ptr + row[:, None] + (o_w.to(tl.int64) * s_w)[None, :]
+    return tl.load(p_x, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _row(
+    x_ptr: tl.tensor,
+    o_w: tl.tensor,
+    s_w: tl.tensor,
+    W: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Load one row as float32 for every row of a tile, which keeps loads wide in narrow tiles."""
+    none = tl.zeros((BLOCK_T, 1), tl.int32)
+    p_x = x_ptr + none + (o_w.to(tl.int64) * s_w)[None, :]
+    return tl.load(p_x, mask=(o_w[None, :] < W) & (none == 0), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _weight(
+    weight_ptr: tl.tensor,
+    o_w: tl.tensor,
+    s_w: tl.tensor,
+    W: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    if WEIGHTED:
+        weight = _row(weight_ptr, o_w, s_w, W, BLOCK_T)
+    else:
+        weight = tl.full((BLOCK_T, BLOCK_W), 1.0, tl.float32)
+    return weight
+
+
+@triton.jit
+def _centred(x: tl.tensor, mask: tl.tensor, W: tl.constexpr, CENTRED: tl.constexpr):
+    """Take off the mean of each row where CENTRED."""
+    if CENTRED:
+        mean = tl.sum(x, axis=1) / W
+        x = tl.where(mask, x - mean[:, None], 0.0)
+    return x
+
+
+# Lengths and strides are not specialised, so that another resolution does not compile the kernels
+# again; only a channel stride of 1 is.
+@triton.jit(do_not_specialize=["T", "steps", "r_sb", "r_st", "x_sb", "x_st", "m_sb", "m_st", "eps"])
+def sandwich_kernel(
+    residual_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    m_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    rstd_ptr: tl.tensor,
+    T: tl.tensor,
+    steps: tl.tensor,
+    eps: tl.tensor,
+    r_sb: tl.tensor,
+    r_st: tl.tensor,
+    r_sw: tl.tensor,
+    x_sb: tl.tensor,
+    x_st: tl.tensor,
+    x_sw: tl.tensor,
+    weight_sw: tl.tensor,
+    m_sb: tl.tensor,
+    m_st: tl.tensor,
+    m_sw: tl.tensor,
+    W: tl.constexpr,
+    GATED: tl.constexpr,
+    CENTRED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Write norm(x) * weight * factor(m), `[B, T, W]`, added to the residual where GATED.
+
+    Program i: `steps` tiles of tokens of one sample. Also writes 1 / rms of each row, `[B, T]`.
+    """
+    programs = (T + steps * BLOCK_T - 1) // (steps * BLOCK_T)
+    i_b = (tl.program_id(0) // programs).to(tl.int64)
+    first = (tl.program_id(0) % programs) * steps * BLOCK_T
+    o_w = tl.arange(0, BLOCK_W)
+    o_row = tl.arange(0, BLOCK_T)
+    inside = o_w[None, :] < W
+    factor = _weight(weight_ptr, o_w, weight_sw, W, WEIGHTED, BLOCK_T, BLOCK_W)
+    if not PER_TOKEN:
+        m = _row(m_ptr + tl.multiple_of(i_b * m_sb, VECTOR), o_w, m_sw, W, BLOCK_T)
+        factor *= _factor(m, GATED)[0]
+    for i in tl.range(steps):
+        o_t = first + i * BLOCK_T + o_row
+        mask = (o_t[:, None] < T) & inside
+        x = _rows(x_ptr, i_b, o_t, o_w, mask, x_sb, x_st, x_sw, VECTOR)
+        x = _centred(x, mask, W, CENTRED)
+        # Rows past the end are zero, and eps may be.
+        square = tl.where(o_t < T, tl.sum(x * x, axis=1) / W + eps, 1.0)
+        rstd = tl.rsqrt(square)
+        out = x * rstd[:, None] * factor
+        if PER_TOKEN:
+            m = _rows(m_ptr, i_b, o_t, o_w, mask, m_sb, m_st, m_sw, VECTOR)
+            out *= _factor(m, GATED)[0]
+        if GATED:
+            out += _rows(residual_ptr, i_b, o_t, o_w, mask, r_sb, r_st, r_sw, VECTOR)
+        p_out = out_ptr + ((i_b * T + o_t) * W)[:, None] + o_w[None, :]
+        tl.store(p_out, out.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(rstd_ptr + i_b * T + o_t, rstd, mask=o_t < T)
+
+
+@triton.jit(do_not_specialize=["T", "steps", "g_sb", "g_st", "x_sb", "x_st", "m_sb", "m_st"])
+def sandwich_backward_kernel(
+    grad_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    m_ptr: tl.tensor,
+    rstd_ptr: tl.tensor,
+    grad_x_ptr: tl.tensor,
+    grad_weight_ptr: tl.tensor,
+    grad_m_ptr: tl.tensor,
+    T: tl.tensor,
+    steps: tl.tensor,
+    g_sb: tl.tensor,
+    g_st: tl.tensor,
+    g_sw: tl.tensor,
+    x_sb: tl.tensor,
+    x_st: tl.tensor,
+    x_sw: tl.tensor,
+    weight_sw: tl.tensor,
+    m_sb: tl.tensor,
+    m_st: tl.tensor,
+    m_sw: tl.tensor,
+    W: tl.constexpr,
+    GATED: tl.constexpr,
+    CENTRED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    GRAD_X: tl.constexpr,
+    GRAD_WEIGHT: tl.constexpr,
+    GRAD_M: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Write the gradients to x and m, and one row of the gradient to the weight per program.
+
+    With n = norm(x), f = factor(m) and d = grad f weight, the gradient to n:
+    grad_x = rstd (d - n mean(d n)), less the mean of d where CENTRED; grad_weight sums grad f n;
+    grad_m is grad n weight f', where tokens share m also one row per program, summed over tokens.
+    """
+    programs = (T + steps * BLOCK_T - 1) // (steps * BLOCK_T)
+    i_b = (tl.program_id(0) // programs).to(tl.int64)
+    first = (tl.program_id(0) % programs) * steps * BLOCK_T
+    o_w = tl.arange(0, BLOCK_W)
+    o_row = tl.arange(0, BLOCK_T)
+    inside = o_w[None, :] < W
+    scaled = _weight(weight_ptr, o_w, weight_sw, W, WEIGHTED, BLOCK_T, BLOCK_W)
+    if not PER_TOKEN:
+        m = _row(m_ptr + tl.multiple_of(i_b * m_sb, VECTOR), o_w, m_sw, W, BLOCK_T)
+        scaled *= _factor(m, GATED)[0]
+    total = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
+    for i in tl.range(steps):
+        o_t = first + i * BLOCK_T + o_row
+        mask = (o_t[:, None] < T) & inside
+        x = _rows(x_ptr, i_b, o_t, o_w, mask, x_sb, x_st, x_sw, VECTOR)
+        grad = _rows(grad_ptr, i_b, o_t, o_w, mask, g_sb, g_st, g_sw, VECTOR)
+        rstd = tl.load(rstd_ptr + i_b * T + o_t, mask=o_t < T, other=0.0)
+        n = _centred(x, mask, W, CENTRED) * rstd[:, None]
+        o_out = ((i_b * T + o_t) * W)[:, None] + o_w[None, :]
+        if PER_TOKEN:
+            m = _rows(m_ptr, i_b, o_t, o_w, mask, m_sb, m_st, m_sw, VECTOR)
+            factor, slope = _factor(m, GATED)
+            if GRAD_M:
+                grad_m = grad * n * scaled * slope
+                tl.store(grad_m_ptr + o_out, grad_m.to(grad_m_ptr.dtype.element_ty), mask=mask)
+            grad *= factor
+        if GRAD_WEIGHT or (GRAD_M and not PER_TOKEN):
+            total += grad * n
+        if GRAD_X:
+            d = grad * scaled
+            grad_x = d - n * (tl.sum(d * n, axis=1) / W)[:, None]
+            if CENTRED:
+                grad_x -= (tl.sum(d, axis=1) / W)[:, None]
+            grad_x *= rstd[:, None]
+            tl.store(grad_x_ptr + o_out, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+    o_out = tl.program_id(0).to(tl.int64) * W + o_w
+    if PER_TOKEN:
+        if GRAD_WEIGHT:
+            tl.store(grad_weight_ptr + o_out, tl.sum(total, axis=0), mask=o_w < W)
+    else:
+        # Read again rather than kept in registers during the loop.
+        m = _row(m_ptr + tl.multiple_of(i_b * m_sb, VECTOR), o_w, m_sw, W, BLOCK_T)
+        factor, slope = _factor(m, GATED)
+        if GRAD_WEIGHT:
+            tl.store(grad_weight_ptr + o_out, tl.sum(total * factor, axis=0), mask=o_w < W)
+        if GRAD_M:
+            weight = _weight(weight_ptr, o_w, weight_sw, W, WEIGHTED, BLOCK_T, BLOCK_W)
+            tl.store(grad_m_ptr + o_out, tl.sum(total * weight * slope, axis=0), mask=o_w < W)
+
+
+def why_not_norm_modulate(x: Tensor, weight: Tensor | None, scale: Tensor) -> str | None:
+    """Say why the kernel cannot serve these tensors, or None if it can.
+
+    Args:
+        x: `[batch, tokens, width]`.
+        weight: `[width]`, or None.
+        scale: `[batch, width]`, `[batch, 1, width]` or `[batch, tokens, width]`.
+
+    Returns:
+        A reason that names what is served, or None.
+
+    >>> why_not_norm_modulate(torch.zeros(1, dtype=torch.float64), None, torch.zeros(1))
+    'x is torch.float64; the kernel takes one of bfloat16, float16, float32'
+    """
+    return _why_not(x=x, weight=weight, scale=scale)
+
+
+def why_not_gate_residual(x: Tensor, y: Tensor, weight: Tensor, gate: Tensor) -> str | None:
+    """Say why the kernel cannot serve these tensors, or None if it can.
+
+    Args:
+        x: `[batch, tokens, width]`.
+        y: As `x`.
+        weight: `[width]`.
+        gate: `[batch, width]`, `[batch, 1, width]` or `[batch, tokens, width]`.
+
+    Returns:
+        A reason that names what is served, or None.
+    """
+    return _why_not(x=x, y=y, weight=weight, gate=gate)
+
+
+def _why_not(x: Tensor, **others: Tensor | None) -> str | None:
+    reason = served.why_not(sandwich_kernel, x=x)
+    if reason is not None:
+        return reason
+    for name, other in others.items():
+        if other is not None and other.dtype not in served.DTYPES:
+            return f"{name} is {other.dtype}; the kernel takes one of bfloat16, float16, float32"
+        if other is not None and other.device != x.device:
+            return f"x is on {x.device} and {name} on {other.device}; the kernel needs one device"
+    if x.shape[-1] > MAX_WIDTH:
+        return f"rows are {x.shape[-1]} wide; the kernel takes at most {MAX_WIDTH}"
+    return None
+
+
+def norm_modulate(
+    x: Tensor, weight: Tensor | None, scale: Tensor, *, eps: float, centred: bool = False
+) -> Tensor:
+    """Normalise rows and scale them by the modulation, in one launch.
+
+    y = x / sqrt(mean(x^2) + eps) * weight * (1 + scale)
+
+    The arithmetic is float32 and the result is rounded once. Differentiable once, in x, weight and
+    scale, keeping 4 bytes per row besides its inputs; compiles without graph breaks.
+
+    Args:
+        x: `[batch, tokens, width]`, any strides, width up to 8192. Each of the three is bfloat16,
+            float16 or float32.
+        weight: `[width]`; None for ones.
+        scale: `[batch, width]` or `[batch, 1, width]`, one row for a sample, or
+            `[batch, tokens, width]`, any strides.
+        eps: Added to the mean square.
+        centred: Take off the mean of a row first: a LayerNorm rather than an RMSNorm.
+
+    Returns:
+        `[batch, tokens, width]`, contiguous, of the dtype that x and scale promote to.
+
+    Raises:
+        ValueError: The shapes do not fit one another, or the kernel does not serve such tensors
+            (see `why_not_norm_modulate`).
+
+    Source: Lumina-Next (arXiv 2406.18583) §2; Zhang and Sennrich, Root Mean Square Layer
+        Normalization (arXiv 1910.07467), eq. 4.
+
+    >>> device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU: TRITON_INTERPRET=1
+    >>> x, weight = torch.tensor([[[3.0, -3.0]]], device=device), torch.ones(2, device=device)
+    >>> norm_modulate(x, weight, torch.ones(1, 2, device=device), eps=0.0).tolist()
+    [[[2.0, -2.0]]]
+    """
+    return _norm_modulate(x, weight, scale, eps, centred)[0]
+
+
+def gate_residual(x: Tensor, y: Tensor, weight: Tensor, gate: Tensor, *, eps: float) -> Tensor:
+    """Normalise rows of y, gate them and add them to x, in one launch.
+
+    z = x + tanh(gate) * y / sqrt(mean(y^2) + eps) * weight
+
+    The arithmetic is float32 and the result is rounded once. Out of place; differentiable once, in
+    all four, keeping 4 bytes per row besides y, weight and gate; compiles without graph breaks.
+
+    Args:
+        x: `[batch, tokens, width]`, any strides, width up to 8192. Each of the four is bfloat16,
+            float16 or float32.
+        y: As `x`, with strides of its own.
+        weight: `[width]`.
+        gate: `[batch, width]` or `[batch, 1, width]`, one row for a sample, or
+            `[batch, tokens, width]`, any strides.
+        eps: Added to the mean square.
+
+    Returns:
+        `[batch, tokens, width]`, contiguous, of the dtype that x, y and gate promote to.
+
+    Raises:
+        ValueError: The shapes do not fit one another, or the kernel does not serve such tensors
+            (see `why_not_gate_residual`).
+
+    Source: Lumina-Next (arXiv 2406.18583) §2.
+
+    >>> device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU: TRITON_INTERPRET=1
+    >>> x, weight = torch.tensor([[[3.0, -3.0]]], device=device), torch.ones(2, device=device)
+    >>> gate_residual(x, x, weight, torch.full((1, 2), 9.0, device=device), eps=0.0).tolist()
+    [[[4.0, -4.0]]]
+    """
+    return _gate_residual(x, y, weight, gate, eps)[0]
+
+
+def _check(m: Tensor, weight: Tensor | None, x: Tensor, *others: Tensor) -> None:
+    """Refuse whatever would make the kernels read outside their tensors."""
+    fits = x.ndim == 3 and all(other.shape == x.shape for other in others)
+    fits = fits and (weight is None or weight.shape == x.shape[-1:])
+    fits = fits and m.ndim in (2, 3) and (m.shape[0], m.shape[-1]) == (x.shape[0], x.shape[-1])
+    if not (fits and (m.ndim == 2 or m.shape[1] in (1, x.shape[1]))):
+        rows = " and ".join(str(tuple(other.shape)) for other in (x, *others))
+        size = None if weight is None else tuple(weight.shape)
+        raise ValueError(
+            f"rows {rows}, weight {size} and modulation {tuple(m.shape)} do not fit; expected rows "
+            "of one shape [batch, tokens, width], weight [width], and scale or gate "
+            "[batch, width], [batch, 1, width] or [batch, tokens, width]"
+        )
+
+
+def _tile(width: int) -> tuple[int, int]:
+    """Give the rows and the channels of a tile, both powers of two."""
+    block_w = max(16, int(triton.next_power_of_2(width)))
+    return max(1, _TILE // block_w), block_w
+
+
+def _options(kernel: object, block_t: int, block_w: int) -> dict[str, int | None]:
+    """Give the compiler's options for a tile."""
+    bounded = kernel is sandwich_kernel and block_t == 1
+    return {
+        "num_warps": block_t * block_w // _PER_WARP,
+        "maxnreg": _REGISTERS if bounded else None,
+    }
+
+
+def _tokens_per_program(tokens: int, block_t: int) -> int:
+    """Choose a multiple of the rows of a tile."""
+    enough = int(triton.next_power_of_2(tokens // _PROGRAMS))
+    return max(block_t, min(_MOST, max(_FEWEST, enough)))
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Give strides of samples, tokens and channels; a size of 1 is never stepped over."""
+    batch, tokens, width = x.shape
+    return (
+        x.stride(0) if batch > 1 else 0,
+        x.stride(1) if tokens > 1 else 0,
+        x.stride(2) if width > 1 else 1,
+    )
+
+
+def _launch_kernel(
+    kernel: Any,
+    rows: tuple[Tensor, Tensor],
+    weight: Tensor | None,
+    m: Tensor,
+    others: tuple[Tensor, ...],
+    numbers: tuple[float, ...],
+    constants: dict[str, Any],
+) -> None:
+    """Launch either kernel with what its caller gives and what follows from that.
+
+    Args:
+        kernel: One of the two.
+        rows: Its two inputs `[batch, tokens, width]`; the second is what is normed.
+        weight: `[width]` or None.
+        m: The modulation.
+        others: Pointers after the modulation's.
+        numbers: Those between the number of steps and the strides.
+        constants: Those that only this kernel has.
+    """
+    x = rows[-1]
+    batch, tokens, width = x.shape
+    block_t, block_w = _tile(width)
+    count = _tokens_per_program(batch * tokens, block_t)
+    m = m if m.ndim == 3 else m[:, None]
+    strides = [_strides(tensor) for tensor in (*rows, m)]
+    (weight_stride,) = weight.stride() if weight is not None and width > 1 else (1,)
+    constants |= {
+        "W": width,
+        "WEIGHTED": weight is not None,
+        "PER_TOKEN": m.shape[1] > 1,
+        "VECTOR": served.aligned(width, _NARROWEST, *strides),
+        "BLOCK_T": block_t,
+        "BLOCK_W": block_w,
+        **_options(kernel, block_t, block_w),
+    }
+    first, second = strides[0], strides[1]
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        kernel[(batch * triton.cdiv(tokens, count),)](
+            *rows,
+            weight if weight is not None else x,
+            m,
+            *others,
+            tokens,
+            count // block_t,
+            *numbers,
+            *first,
+            *second,
+            weight_stride,
+            *strides[2],
+            **constants,
+        )
+
+
+def _outputs(rows: tuple[Tensor, ...], m: Tensor) -> tuple[Tensor, Tensor]:
+    """Make the output, in the dtype that PyTorch's operators would give, and 1 / rms."""
+    x = rows[-1]
+    dtype = m.dtype
+    for tensor in rows:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    return out, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+
+
+def _refuse(reason: str | None) -> None:
+    if reason is not None:
+        raise ValueError(f"the Triton kernel cannot take these tensors: {reason}")
+
+
+def _launch_norm_modulate(
+    x: Tensor, weight: Tensor | None, scale: Tensor, eps: float, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
+    _check(scale, weight, x)
+    _refuse(why_not_norm_modulate(x, weight, scale))
+    outputs = _outputs((x,), scale)
+    if x.numel():
+        constants = {"GATED": False, "CENTRED": centred}
+        _launch_kernel(sandwich_kernel, (x, x), weight, scale, outputs, (eps,), constants)
+    return outputs
+
+
+def _fake_norm_modulate(
+    x: Tensor, weight: Tensor | None, scale: Tensor, eps: float, centred: bool
+) -> tuple[Tensor, Tensor]:
+    """Check as the launch does, and give the outputs without numbers."""
+    _check(scale, weight, x)
+    return _outputs((x,), scale)
+
+
+def _launch_gate_residual(
+    x: Tensor, y: Tensor, weight: Tensor, gate: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    _check(gate, weight, x, y)
+    _refuse(why_not_gate_residual(x, y, weight, gate))
+    outputs = _outputs((x, y), gate)
+    if x.numel():
+        constants = {"GATED": True, "CENTRED": False}
+        _launch_kernel(sandwich_kernel, (x, y), weight, gate, outputs, (eps,), constants)
+    return outputs
+
+
+def _fake_gate_residual(
+    x: Tensor, y: Tensor, weight: Tensor, gate: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    _check(gate, weight, x, y)
+    return _outputs((x, y), gate)
+
+
+def _launch_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    m: Tensor,
+    rstd: Tensor,
+    gated: bool,
+    centred: bool,
+    asked: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the kernel and add up its partial rows; see `_gradients` for what is not asked for."""
+    _check(m, weight, x, grad)
+    _refuse(_why_not(x, grad=grad, weight=weight, modulation=m))
+    gradients = _gradients(x, weight, m, asked)
+    grad_x, grad_weight, grad_m = gradients
+    if not x.numel():
+        return grad_x, grad_weight.zero_(), grad_m.zero_()
+    batch, tokens, width = x.shape
+    per_token = m.ndim == 3 and m.shape[1] > 1
+    programs = int(triton.cdiv(tokens, _tokens_per_program(batch * tokens, _tile(width)[0])))
+    weight_rows = _partial(x, programs) if asked[1] else grad_weight
+    m_rows = _partial(x, programs) if asked[2] and not per_token else grad_m
+    others = (rstd, grad_x, weight_rows, m_rows)
+    constants = {
+        "GATED": gated,
+        "CENTRED": centred,
+        "GRAD_X": asked[0],
+        "GRAD_WEIGHT": asked[1],
+        "GRAD_M": asked[2],
+    }
+    _launch_kernel(sandwich_backward_kernel, (grad, x), weight, m, others, (), constants)
+    if asked[1]:
+        grad_weight = weight_rows.sum((0, 1)).to(grad_weight.dtype)
+    if asked[2] and not per_token:
+        grad_m = m_rows.sum(1).view(m.shape).to(m.dtype)
+    return grad_x, grad_weight, grad_m
+
+
+def _partial(x: Tensor, programs: int) -> Tensor:
+    """Make the rows of a sum over tokens, one per program: `[batch, programs, width]`."""
+    return x.new_empty((x.shape[0], programs, x.shape[2]), dtype=torch.float32)
+
+
+def _gradients(
+    x: Tensor, weight: Tensor | None, m: Tensor, asked: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the gradients to x, weight and m; one without elements for what is not asked for."""
+    x, weight, m = (
+        torch.empty(like.shape, dtype=like.dtype, device=x.device)
+        if wanted and like is not None
+        else x.new_empty(0)
+        for wanted, like in zip(asked, (x, weight, m), strict=True)
+    )
+    return x, weight, m
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    m: Tensor,
+    rstd: Tensor,
+    gated: bool,
+    centred: bool,
+    asked: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(m, weight, x, grad)
+    return _gradients(x, weight, m, asked)
+
+
+class _Context(FunctionCtx):
+    saved_tensors: tuple[Tensor, Tensor | None, Tensor, Tensor]
+    needs_input_grad: tuple[bool, ...]
+    centred: bool
+    residual_dtype: torch.dtype
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+
+
+def _setup_norm_modulate(
+    ctx: _Context,
+    inputs: tuple[Tensor, Tensor | None, Tensor, float, bool],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    x, weight, scale, _, ctx.centred = inputs
+    ctx.save_for_backward(x, weight, scale, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_norm_modulate(
+    ctx: _Context, grad: Tensor, _: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    asked = list(ctx.needs_input_grad[:3])
+    grads = _sandwich_backward(grad, *ctx.saved_tensors, False, ctx.centred, asked)
+    x, weight, scale = (part if wanted else None for part, wanted in zip(grads, asked, strict=True))
+    return x, weight, scale, None, None
+
+
+def _setup_gate_residual(
+    ctx: _Context,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, float],
+    output: tuple[Tensor, Tensor],
+) -> None:
+    x, y, weight, gate, _ = inputs
+    ctx.residual_dtype = x.dtype
+    ctx.save_for_backward(y, weight, gate, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_gate_residual(
+    ctx: _Context, grad: Tensor, _: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, None]:
+    x = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[0] else None
+    asked = list(ctx.needs_input_grad[1:4])
+    if not any(asked):
+        return x, None, None, None, None
+    grads = _sandwich_backward(grad, *ctx.saved_tensors, True, False, asked)
+    y, weight, gate = (part if wanted else None for part, wanted in zip(grads, asked, strict=True))
+    return x, y, weight, gate, None
+
+
+_norm_modulate = operators.define(
+    "norm_modulate(Tensor x, Tensor? weight, Tensor scale, float eps, bool centred) "
+    "-> (Tensor, Tensor)",
+    _launch_norm_modulate,
+    _fake_norm_modulate,
+    setup_context=_setup_norm_modulate,
+    backward=_backward_norm_modulate,
+)
+_gate_residual = operators.define(
+    "gate_residual(Tensor x, Tensor y, Tensor weight, Tensor gate, float eps) -> (Tensor, Tensor)",
+    _launch_gate_residual,
+    _fake_gate_residual,
+    setup_context=_setup_gate_residual,
+    backward=_backward_gate_residual,
+)
+_sandwich_backward = operators.define(
+    "sandwich_backward(Tensor grad, Tensor x, Tensor? weight, Tensor m, Tensor rstd, bool gated, "
+    "bool centred, bool[] asked) -> (Tensor, Tensor, Tensor)",
+    _launch_backward,
+    _fake_backward,
+)
