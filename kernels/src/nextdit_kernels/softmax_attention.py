@@ -1,0 +1,381 @@
+"""Softmax attention of dense or packed samples, and the gated one to a text.
+
+The kernels are in `attention_forward` and `attention_backward`; here are the functions to call,
+their operators and launches. Packed samples are found by the kernels in the sums of their lengths,
+which stay on the device: the lengths of a batch cost one small copy, the first time that they are
+seen, and those that are on the device already are never read back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from nextdit_kernels import attention_forward, operators, served
+from nextdit_kernels.attention_forward import attention_kernel
+from nextdit_kernels.attention_tiles import split_head
+
+__all__ = ["MAX_HEAD_DIM", "attention", "why_not"]
+
+#: The widest head that the kernels hold.
+MAX_HEAD_DIM = 256
+
+# Products of float32 numbers run as three of tensor cores, each with a part of their digits: close
+# to float32, unlike "tf32", which would keep 10 bits.
+_PRECISION = "tf32x3"
+
+
+def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Say why the kernels cannot serve these tensors, or None if they can.
+
+    Args:
+        q: `[batch, tokens, heads, head_dim]`, or packed `[total_tokens, heads, head_dim]`.
+        k: As `q`, with its own numbers of keys and heads.
+        v: As `k`.
+
+    Returns:
+        A reason that names what is served, or None.
+
+    >>> why_not(*(torch.zeros(5, 2, 8, dtype=torch.float64),) * 3)
+    'q is torch.float64, k torch.float64 and v torch.float64; the kernel takes one of bfloat16, ...'
+    """
+    reason = served.why_not(attention_kernel, q=q, k=k, v=v)
+    if reason is not None:
+        return reason
+    if q.shape[-1] % 8 or not 0 < q.shape[-1] <= MAX_HEAD_DIM:
+        return f"head_dim is {q.shape[-1]}; the kernel takes multiples of 8 up to {MAX_HEAD_DIM}"
+    return None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Sequence[int] | None = None,
+    key_lengths: Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_key_seqlens: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | Tensor | None = None,
+) -> Tensor:
+    """Attend from every query to all keys of its own sample.
+
+    out = softmax(scale * q k^T) v
+
+    Tensors are dense, one row per sample, or packed, one sample after another without padding.
+    Keys and values serve heads / kv_heads neighbouring query heads each, and are not repeated. A
+    query that has no key to attend to gets 0. Scores, softmax and sums are float32; products of
+    bfloat16 or float16 numbers are exact, and those of float32 ones keep about 21 bits. Two
+    launches give the gradients, the same bits every time.
+
+    Differentiable once, in q, k and v; compiles without graph breaks.
+
+    Args:
+        q: Dense `[batch, tokens, heads, head_dim]`, or packed `[total_tokens, heads, head_dim]`;
+            bfloat16, float16 or float32, any strides, head_dim a multiple of 8 up to 256.
+        k: `[batch, keys, kv_heads, head_dim]`, or packed `[total_keys, kv_heads, head_dim]`.
+        v: As `k`.
+        lengths: Packed only: tokens of each sample, numbers on the host, 0 allowed; None is one
+            sample.
+        key_lengths: Packed only: keys of each sample, where they are not `lengths`.
+        cu_seqlens: Packed only, instead of `lengths`: `[samples + 1]` int32 on the device of q, from
+            0 up to total_tokens. They stay there, so what they hold is not checked.
+        cu_key_seqlens: As `cu_seqlens` for the keys, where they are not the same.
+        key_mask: Dense only: `[batch, keys]` bool, True = attend.
+        scale: Factor on the scores; None is 1 / sqrt(head_dim). A number, or float32 on the device
+            of q: one number, `[samples]` or `[samples, heads]`. No number compiles anything again.
+
+    Returns:
+        As `q`, contiguous.
+
+    Raises:
+        ValueError: Shapes, lengths or arguments do not fit one another, the kernels do not serve
+            such tensors (see `why_not`), or scale requires a gradient.
+
+    Convention:
+        Query head h reads key and value head h // (heads / kv_heads).
+
+    Source: Dao et al., FlashAttention (arXiv 2205.14135) and FlashAttention-2 (arXiv 2307.08691).
+
+    >>> device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU: TRITON_INTERPRET=1
+    >>> q, k, v = (torch.ones(7, heads, 8, device=device) for heads in (4, 2, 2))
+    >>> attention(q, k, v, lengths=(4, 3)).shape
+    torch.Size([7, 4, 8])
+    """
+    samples = _samples(q, k, lengths, key_lengths, cu_seqlens, cu_key_seqlens)
+    return _attention(q, k, v, *_scale(q, scale), key_mask, *samples)[0]
+
+
+def _scale(q: Tensor, scale: float | Tensor | None) -> tuple[Tensor | None, float | None]:
+    """Give the scale as a tensor or as a number, None being the default."""
+    if isinstance(scale, Tensor):
+        if scale.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "scale requires a gradient, which the kernels do not compute; detach it, or scale "
+                "the queries"
+            )
+        return scale, None
+    if scale is not None and torch.compiler.is_compiling():
+        # As an argument of the operator a number would be a constant of the compiled code.
+        return torch.full((1,), scale, device=q.device, dtype=torch.float32), None
+    return None, scale
+
+
+def _samples(
+    q: Tensor,
+    k: Tensor,
+    lengths: Sequence[int] | None,
+    key_lengths: Sequence[int] | None,
+    cu_seqlens: Tensor | None,
+    cu_key_seqlens: Tensor | None,
+) -> tuple[Sequence[int] | None, Sequence[int] | None, Tensor | None, Tensor | None]:
+    """Give lengths and their sums for queries and keys: one of both where packed, none if dense."""
+    if q.ndim == 4:
+        if any(x is not None for x in (lengths, key_lengths, cu_seqlens, cu_key_seqlens)):
+            raise ValueError(
+                f"q has shape {tuple(q.shape)}, which is dense, so lengths and cu_seqlens do not "
+                "apply; pack to [total_tokens, heads, head_dim] or use key_mask"
+            )
+        return None, None, None, None
+    if lengths is not None and cu_seqlens is not None:
+        raise ValueError("lengths and cu_seqlens say the same; give one of them")
+    if key_lengths is not None and cu_key_seqlens is not None:
+        raise ValueError("key_lengths and cu_key_seqlens say the same; give one of them")
+    unknown = key_lengths is None and cu_key_seqlens is None
+    if lengths is None and cu_seqlens is None:
+        lengths = (q.shape[0],)
+        key_lengths = (k.shape[0],) if unknown else key_lengths
+    elif unknown:
+        key_lengths, cu_key_seqlens = lengths, cu_seqlens
+    return lengths, key_lengths, cu_seqlens, cu_key_seqlens
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: Tensor | None,
+    key_mask: Tensor | None,
+    lengths: Sequence[int] | None,
+    key_lengths: Sequence[int] | None,
+    cu_seqlens: Tensor | None,
+    cu_key_seqlens: Tensor | None,
+) -> None:
+    """Refuse whatever would make the kernels read outside their tensors or misread them."""
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.ndim not in (3, 4) or k.ndim != q.ndim or v.ndim != q.ndim:
+        raise ValueError(
+            f"{shapes} do not fit; expected all [batch, tokens, heads, head_dim] or all packed "
+            "[total_tokens, heads, head_dim]"
+        )
+    if k.shape != v.shape or q.shape[:-3] != k.shape[:-3] or q.shape[-1] != k.shape[-1]:
+        raise ValueError(
+            f"{shapes} do not fit; expected k and v of one shape, and q of their batch and head_dim"
+        )
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(
+            f"{shapes}: {q.shape[-2]} query heads cannot share {k.shape[-2]} key heads evenly; "
+            "expected heads to be a multiple of kv_heads"
+        )
+    samples = q.shape[0]
+    if q.ndim == 3:
+        samples = _check_samples("lengths", lengths, "cu_seqlens", cu_seqlens, q)
+        others = _check_samples("key_lengths", key_lengths, "cu_key_seqlens", cu_key_seqlens, k)
+        if samples != others:
+            raise ValueError(
+                f"the queries are of {samples} samples and the keys of {others}; expected one "
+                "length per sample in both"
+            )
+    if key_mask is not None:
+        if q.ndim == 3:
+            raise ValueError(
+                "key_mask is for dense tensors; packed ones have no padding to mask, leave the "
+                "keys out and give key_lengths"
+            )
+        fits = key_mask.shape == k.shape[:2] and key_mask.dtype == torch.bool
+        if not (fits and key_mask.device == q.device):
+            raise ValueError(
+                f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)} on {key_mask.device}; "
+                f"expected bool {tuple(k.shape[:2])} on {q.device}, True = attend"
+            )
+    if scales is not None:
+        fits = scales.ndim == 0 or scales.shape in ((1,), (samples,), (samples, q.shape[-2]))
+        if not (fits and scales.dtype == torch.float32 and scales.device == q.device):
+            raise ValueError(
+                f"scale is {scales.dtype} {tuple(scales.shape)} on {scales.device}; expected a "
+                f"number, or float32 [1], [{samples}] or [{samples}, {q.shape[-2]}] on {q.device}"
+            )
+
+
+def _check_samples(
+    name: str, lengths: Sequence[int] | None, cu_name: str, cu_seqlens: Tensor | None, x: Tensor
+) -> int:
+    """Check the lengths of the packed samples of x, and count them."""
+    if lengths is not None:
+        if any(length < 0 for length in lengths) or sum(lengths) != x.shape[0]:
+            raise ValueError(
+                f"{name} are {tuple(lengths)}, which sum to {sum(lengths)}; expected numbers of at "
+                f"least 0 that sum to the {x.shape[0]} packed tokens"
+            )
+        return len(lengths)
+    if cu_seqlens is None:
+        raise ValueError(f"packed tensors need {name} or {cu_name}")
+    fits = cu_seqlens.ndim == 1 and cu_seqlens.shape[0] > 0 and cu_seqlens.dtype == torch.int32
+    if not (fits and cu_seqlens.device == x.device and cu_seqlens.is_contiguous()):
+        raise ValueError(
+            f"{cu_name} is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} on {cu_seqlens.device}; "
+            f"expected int32 [samples + 1], contiguous, on {x.device}"
+        )
+    return cu_seqlens.shape[0] - 1
+
+
+@lru_cache(maxsize=256)
+def _sums(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Put `[0, lengths[0], lengths[0] + lengths[1], ...]` on the device, once."""
+    with torch.inference_mode(False):
+        return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device=device)
+
+
+class _Shape(NamedTuple):
+    """Where the samples of a call lie, as every kernel is told."""
+
+    cu_ptr: Tensor | None
+    cu_keys_ptr: Tensor | None
+    T: int
+    N: int
+    SAMPLES: int
+    TOTAL: int
+    H: int
+    H_KV: int
+
+    def tiles(self, block: int) -> int:
+        """Count the tiles of the queries, as `where_to_work` numbers them."""
+        if self.cu_ptr is None:
+            return self.SAMPLES * int(triton.cdiv(self.T, block))
+        return self.TOTAL // block + self.SAMPLES
+
+
+def _shape(
+    q: Tensor,
+    k: Tensor,
+    lengths: Sequence[int] | None,
+    key_lengths: Sequence[int] | None,
+    cu_seqlens: Tensor | None,
+    cu_key_seqlens: Tensor | None,
+) -> _Shape:
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    if q.ndim == 4:
+        batch, tokens = q.shape[:2]
+        return _Shape(None, None, tokens, k.shape[1], batch, batch * tokens, heads, kv_heads)
+    cu = cu_seqlens if lengths is None else _sums(tuple(lengths), q.device)
+    cu_keys = cu_key_seqlens if key_lengths is None else _sums(tuple(key_lengths), q.device)
+    assert cu is not None
+    return _Shape(cu, cu_keys, 0, 0, cu.shape[0] - 1, q.shape[0], heads, kv_heads)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Give the strides of batch, token, head and channel, 0 where one is never stepped over."""
+    strides = tuple(s if n > 1 else 0 for n, s in zip(x.shape, x.stride(), strict=True))
+    return strides if x.ndim == 4 else (0, *strides)
+
+
+def _scale_strides(scales: Tensor | None) -> tuple[int, int]:
+    if scales is None or scales.numel() <= 1:
+        return 0, 0
+    return scales.stride(0), scales.stride(1) if scales.ndim == 2 else 0
+
+
+def _constants(q: Tensor, *strides: tuple[int, ...]) -> dict[str, Any]:
+    width = q.shape[-1]
+    main, tail = split_head(width)
+    return {
+        "D": width,
+        "MAIN": main,
+        "TAIL": tail,
+        "VECTOR": served.aligned(width, q.itemsize, *strides),
+        "PRECISION": _PRECISION,
+    }
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
+def _refuse_unserved(q: Tensor, k: Tensor, v: Tensor) -> None:
+    reason = why_not(q, k, v)
+    if reason is not None:
+        raise ValueError(f"the Triton kernel cannot attend with these tensors: {reason}")
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: Tensor | None,
+    scale: float | None,
+    key_mask: Tensor | None,
+    *samples: Any,
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
+    _check(q, k, v, scales, key_mask, *samples)
+    _refuse_unserved(q, k, v)
+    shape = _shape(q, k, *samples)
+    out, lse = _outputs(q)
+    if out.numel() == 0:
+        return out, lse
+    s_q, s_k, s_v = _strides(q), _strides(k), _strides(v)
+    constants = _constants(q, s_q, s_k, s_v)
+    constants |= attention_forward.blocks(q.shape[-1], q.itemsize, _capability(q.device))
+    mask = None if key_mask is None else key_mask.view(torch.uint8)
+    s_mask = (0, 0) if mask is None else mask.stride()
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    grid = (shape.tiles(constants["BLOCK_M"]), shape.H)
+    # fmt: off
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        attention_kernel[grid](
+            q, k, v, out, lse, scales, mask, shape[0], shape[1], None, None, None, scale,
+            *shape[2:], *s_q, *s_k, *s_v, *_scale_strides(scales), *s_mask, 0, 0, 0, 1, 0,
+            **constants,
+        )
+    # fmt: on
+    return out, lse
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Make room for the result and the logarithms of the sums, `[heads, all tokens]`."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    tokens = q.shape[0] if q.ndim == 3 else q.shape[0] * q.shape[1]
+    return out, q.new_empty((q.shape[-2], tokens), dtype=torch.float32)
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scales: Tensor | None,
+    scale: float | None,
+    key_mask: Tensor | None,
+    *samples: Any,
+) -> tuple[Tensor, Tensor]:
+    """Check as the launch does, and give the outputs without numbers."""
+    _check(q, k, v, scales, key_mask, *samples)
+    return _outputs(q)
+
+
+_SAMPLES = "SymInt[]? lengths, SymInt[]? key_lengths, Tensor? cu_seqlens, Tensor? cu_key_seqlens"
+_attention = operators.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? scales, float? scale, Tensor? key_mask, "
+    f"{_SAMPLES}) -> (Tensor, Tensor)",
+    _launch,
+    _fake,
+)
