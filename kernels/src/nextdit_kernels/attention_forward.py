@@ -100,15 +100,15 @@ def attention_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    gated_ptr: tl.tensor,
     lse_ptr: tl.tensor,
     scales_ptr: tl.tensor,
     mask_ptr: tl.tensor,
     cu_ptr: tl.tensor,
     cu_keys_ptr: tl.tensor,
-    residual_ptr: tl.tensor,
     gate_ptr: tl.tensor,
-    gated_ptr: tl.tensor,
     scale: tl.tensor,
     T: tl.tensor,
     N: tl.tensor,
@@ -128,14 +128,14 @@ def attention_kernel(
     v_st: tl.tensor,
     v_sh: tl.tensor,
     v_sd: tl.tensor,
-    scales_sb: tl.tensor,
-    scales_sh: tl.tensor,
-    mask_sb: tl.tensor,
-    mask_sn: tl.tensor,
     residual_sb: tl.tensor,
     residual_st: tl.tensor,
     residual_sh: tl.tensor,
     residual_sd: tl.tensor,
+    scales_sb: tl.tensor,
+    scales_sh: tl.tensor,
+    mask_sb: tl.tensor,
+    mask_sn: tl.tensor,
     gate_sh: tl.tensor,
     D: tl.constexpr,
     MAIN: tl.constexpr,
@@ -147,8 +147,8 @@ def attention_kernel(
 ):
     """Attend from q `[B, T, H, D]` to k and v `[B, N, H_KV, D]`, or packed without B.
 
-    Writes out, contiguous like q, and lse `[H, TOTAL]`, +inf where a query has no key. With gate_ptr
-    also gated, residual + tanh(gate) * out, and out only if it is asked for.
+    Writes out, contiguous like q, and lse `[H, TOTAL]`, +inf where a query has no key. With
+    gate_ptr also gated, residual + tanh(gate) * out, and out only if out_ptr is not None.
 
     Program (i, j): tile i of the samples' queries; query head j. Pointers that are None switch
     their part off; packed tensors come with cu_ptr and cu_keys_ptr, and T and N of 0.
@@ -242,13 +242,13 @@ def blocks(head_dim: int, itemsize: int, capability: tuple[int, int]) -> dict[st
     """
     large = capability[0] in (9, 10)
     if itemsize == 4:  # three products for one, of operands twice as large
-        return _sizes(64, 32, 4, 2)
+        return sizes(64, 32, 4, 2)
     if head_dim > 128:
-        return _sizes(64, 32, 4, 2)
+        return sizes(64, 32, 4, 2)
     if large:
-        return _sizes(128, 128, 8, 3 if head_dim <= 96 else 2)
-    return _sizes(128, 64, 8, 3)
+        return sizes(128, 128, 8, 3 if head_dim <= 96 else 2)
+    return sizes(128, 64, 8, 3)
 
 
-def _sizes(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
+def sizes(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:
     return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}

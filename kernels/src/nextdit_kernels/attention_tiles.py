@@ -35,7 +35,7 @@ def split_head(head_dim: int) -> tuple[int, int]:
 def where_to_work(
     cu_ptr: tl.tensor, i: tl.tensor, T: tl.tensor, SAMPLES: tl.tensor, BLOCK: tl.constexpr
 ):
-    """Give the sample of tile i, the sample's first packed row, its length and the tile's first row.
+    """Give the sample of tile i, its first packed row, its length, and the tile's first row in it.
 
     Dense samples, cu_ptr None, have T rows each. Packed ones lie between the numbers at cu_ptr, and
     sample s owns the tiles from cu[s] // BLOCK + s on: at least as many as it needs, found without

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -20,7 +20,12 @@ import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from nextdit_kernels import attention_forward, operators, served
+from nextdit_kernels import attention_backward, attention_forward, operators, served
+from nextdit_kernels.attention_backward import (
+    gate_gradient_kernel,
+    key_gradient_kernel,
+    query_gradient_kernel,
+)
 from nextdit_kernels.attention_forward import attention_kernel
 from nextdit_kernels.attention_tiles import split_head
 
@@ -29,9 +34,15 @@ __all__ = ["MAX_HEAD_DIM", "attention", "why_not"]
 #: The widest head that the kernels hold.
 MAX_HEAD_DIM = 256
 
-# Products of float32 numbers run as three of tensor cores, each with a part of their digits: close
-# to float32, unlike "tf32", which would keep 10 bits.
-_PRECISION = "tf32x3"
+# Products of float32 numbers keep all their digits, which tensor cores do not: "tf32x3" would come
+# close with three products for each, but its code spills at head_dim 128 on every GPU.
+_PRECISION = "ieee"
+
+# The key gradient's loop is split into parts of at least so many steps, and into at most so many.
+_LEAST_STEPS, _MOST_PARTS = 8, 16
+
+# Numbers that the gate's gradient adds at a time.
+_GATE_BLOCK = 1024
 
 
 def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -74,9 +85,9 @@ def attention(
 
     Tensors are dense, one row per sample, or packed, one sample after another without padding.
     Keys and values serve heads / kv_heads neighbouring query heads each, and are not repeated. A
-    query that has no key to attend to gets 0. Scores, softmax and sums are float32; products of
-    bfloat16 or float16 numbers are exact, and those of float32 ones keep about 21 bits. Two
-    launches give the gradients, the same bits every time.
+    query that has no key to attend to gets 0. Scores, softmax and sums are float32, and float32
+    inputs are multiplied as such. Two launches give the gradients, the same bits
+    every time; a third adds up their parts where keys are few.
 
     Differentiable once, in q, k and v; compiles without graph breaks.
 
@@ -88,8 +99,8 @@ def attention(
         lengths: Packed only: tokens of each sample, numbers on the host, 0 allowed; None is one
             sample.
         key_lengths: Packed only: keys of each sample, where they are not `lengths`.
-        cu_seqlens: Packed only, instead of `lengths`: `[samples + 1]` int32 on the device of q, from
-            0 up to total_tokens. They stay there, so what they hold is not checked.
+        cu_seqlens: Packed only, instead of `lengths`: `[samples + 1]` int32 on the device of q,
+            from 0 up to total_tokens. They stay there, so what they hold is not checked.
         cu_key_seqlens: As `cu_seqlens` for the keys, where they are not the same.
         key_mask: Dense only: `[batch, keys]` bool, True = attend.
         scale: Factor on the scores; None is 1 / sqrt(head_dim). A number, or float32 on the device
@@ -249,8 +260,6 @@ def _sums(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 class _Shape(NamedTuple):
     """Where the samples of a call lie, as every kernel is told."""
 
-    cu_ptr: Tensor | None
-    cu_keys_ptr: Tensor | None
     T: int
     N: int
     SAMPLES: int
@@ -258,29 +267,68 @@ class _Shape(NamedTuple):
     H: int
     H_KV: int
 
-    def tiles(self, block: int) -> int:
-        """Count the tiles of the queries, as `where_to_work` numbers them."""
-        if self.cu_ptr is None:
-            return self.SAMPLES * int(triton.cdiv(self.T, block))
-        return self.TOTAL // block + self.SAMPLES
+
+class _Call(NamedTuple):
+    """What every kernel is told of a call."""
+
+    shape: _Shape
+    pointers: tuple[Tensor | None, ...]
+    scale: float
+    strides: tuple[int, ...]
+    constants: dict[str, Any]
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Give the arguments that follow the tensors of the kernel's own."""
+        return (*self.pointers, self.scale, *self.shape, *self.strides)
 
 
-def _shape(
+def _call(
     q: Tensor,
     k: Tensor,
-    lengths: Sequence[int] | None,
-    key_lengths: Sequence[int] | None,
-    cu_seqlens: Tensor | None,
-    cu_key_seqlens: Tensor | None,
-) -> _Shape:
-    heads, kv_heads = q.shape[-2], k.shape[-2]
+    v: Tensor,
+    other: Tensor | None,
+    gate: Tensor | None,
+    scales: Tensor | None,
+    scale: float | None,
+    key_mask: Tensor | None,
+    samples: tuple[Any, ...],
+) -> _Call:
+    """Gather what every kernel is told; other is the residual, or the gradient of the result."""
+    lengths, key_lengths, cu, cu_keys = samples
+    heads, kv_heads, width = q.shape[-2], k.shape[-2], q.shape[-1]
     if q.ndim == 4:
         batch, tokens = q.shape[:2]
-        return _Shape(None, None, tokens, k.shape[1], batch, batch * tokens, heads, kv_heads)
-    cu = cu_seqlens if lengths is None else _sums(tuple(lengths), q.device)
-    cu_keys = cu_key_seqlens if key_lengths is None else _sums(tuple(key_lengths), q.device)
-    assert cu is not None
-    return _Shape(cu, cu_keys, 0, 0, cu.shape[0] - 1, q.shape[0], heads, kv_heads)
+        shape = _Shape(tokens, k.shape[1], batch, batch * tokens, heads, kv_heads)
+    else:
+        cu = cu if lengths is None else _sums(tuple(lengths), q.device)
+        cu_keys = cu_keys if key_lengths is None else _sums(tuple(key_lengths), q.device)
+        shape = _Shape(0, 0, cu.shape[0] - 1, q.shape[0], heads, kv_heads)
+    strides = [_strides(x) for x in (q, k, v, other) if x is not None]
+    main, tail = split_head(width)
+    constants = {
+        "D": width,
+        "MAIN": main,
+        "TAIL": tail,
+        "VECTOR": served.aligned(width, q.itemsize, *strides),
+        "PRECISION": _PRECISION,
+    }
+    if other is None:
+        strides.append((0, 0, 0, 1))
+    s_scales, s_mask, s_gate = (0, 0), (0, 0), 0
+    if scales is not None and scales.numel() > 1:
+        s_scales = (scales.stride(0), scales.stride(1) if scales.ndim == 2 else 0)
+    if key_mask is not None:
+        key_mask = key_mask.view(torch.uint8)
+        s_mask = key_mask.stride()
+    if gate is not None:
+        s_gate = gate.stride(0)
+    return _Call(
+        shape,
+        (scales, key_mask, cu, cu_keys, gate),
+        1 / math.sqrt(width) if scale is None else float(scale),
+        (*(number for stride in strides for number in stride), *s_scales, *s_mask, s_gate),
+        constants,
+    )
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -289,32 +337,59 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     return strides if x.ndim == 4 else (0, *strides)
 
 
-def _scale_strides(scales: Tensor | None) -> tuple[int, int]:
-    if scales is None or scales.numel() <= 1:
-        return 0, 0
-    return scales.stride(0), scales.stride(1) if scales.ndim == 2 else 0
+def _tiles(samples: int, rows: int, total: int, block: int, packed: bool) -> int:
+    """Count the tiles of the samples' rows, as `where_to_work` numbers them."""
+    return total // block + samples if packed else samples * int(triton.cdiv(rows, block))
 
 
-def _constants(q: Tensor, *strides: tuple[int, ...]) -> dict[str, Any]:
-    width = q.shape[-1]
-    main, tail = split_head(width)
-    return {
-        "D": width,
-        "MAIN": main,
-        "TAIL": tail,
-        "VECTOR": served.aligned(width, q.itemsize, *strides),
-        "PRECISION": _PRECISION,
-    }
+def _on(x: Tensor) -> AbstractContextManager[object]:
+    """Launch on the device of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+def _capability(x: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else (8, 0)
+
+
+def _processors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
 def _refuse_unserved(q: Tensor, k: Tensor, v: Tensor) -> None:
     reason = why_not(q, k, v)
     if reason is not None:
         raise ValueError(f"the Triton kernel cannot attend with these tensors: {reason}")
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor | None,
+    out: Tensor | None,
+    gated: Tensor | None,
+    lse: Tensor,
+    call: _Call,
+) -> None:
+    """Run the forward kernel."""
+    if q.numel() == 0:
+        return
+    constants = call.constants | attention_forward.blocks(q.shape[-1], q.itemsize, _capability(q))
+    shape, block = call.shape, constants["BLOCK_M"]
+    tiles = _tiles(shape.SAMPLES, shape.T, shape.TOTAL, block, q.ndim == 3)
+    tensors = (q, k, v, residual, out, gated, lse)
+    with _on(q):
+        attention_kernel[tiles, shape.H](*tensors, *call.arguments(), **constants)
+
+
+def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Make room for the result and the logarithms of the sums, `[heads, all tokens]`."""
+    tokens = q.shape[0] if q.ndim == 3 else q.shape[0] * q.shape[1]
+    return _like(q), q.new_empty((q.shape[-2], tokens), dtype=torch.float32)
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _launch(
@@ -329,33 +404,10 @@ def _launch(
     """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
     _check(q, k, v, scales, key_mask, *samples)
     _refuse_unserved(q, k, v)
-    shape = _shape(q, k, *samples)
     out, lse = _outputs(q)
-    if out.numel() == 0:
-        return out, lse
-    s_q, s_k, s_v = _strides(q), _strides(k), _strides(v)
-    constants = _constants(q, s_q, s_k, s_v)
-    constants |= attention_forward.blocks(q.shape[-1], q.itemsize, _capability(q.device))
-    mask = None if key_mask is None else key_mask.view(torch.uint8)
-    s_mask = (0, 0) if mask is None else mask.stride()
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    grid = (shape.tiles(constants["BLOCK_M"]), shape.H)
-    # fmt: off
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        attention_kernel[grid](
-            q, k, v, out, lse, scales, mask, shape[0], shape[1], None, None, None, scale,
-            *shape[2:], *s_q, *s_k, *s_v, *_scale_strides(scales), *s_mask, 0, 0, 0, 1, 0,
-            **constants,
-        )
-    # fmt: on
+    call = _call(q, k, v, None, None, scales, scale, key_mask, samples)
+    _run(q, k, v, None, out, None, lse, call)
     return out, lse
-
-
-def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Make room for the result and the logarithms of the sums, `[heads, all tokens]`."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    tokens = q.shape[0] if q.ndim == 3 else q.shape[0] * q.shape[1]
-    return out, q.new_empty((q.shape[-2], tokens), dtype=torch.float32)
 
 
 def _fake(
@@ -372,10 +424,118 @@ def _fake(
     return _outputs(q)
 
 
+def _launch_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    gate: Tensor | None,
+    scales: Tensor | None,
+    scale: float | None,
+    key_mask: Tensor | None,
+    *samples: Any,
+) -> tuple[Tensor, ...]:
+    """Run the backward kernels, that of the queries first: it computes what the other one reads."""
+    _check(q, k, v, scales, key_mask, *samples)
+    _refuse_unserved(q, k, v)
+    call = _call(q, k, v, grad, gate, scales, scale, key_mask, samples)
+    shape, packed = call.shape, q.ndim == 3
+    sizes = (q.shape[-1], q.itemsize, _capability(q))
+    grad_q, grad_k, grad_v, grad_gate = _gradients(q, k, v, gate)
+    delta = torch.empty_like(lse)
+    with _on(q):
+        if q.numel() > 0:
+            constants = call.constants | attention_backward.query_blocks(*sizes)
+            block = constants["BLOCK_M"]
+            tiles = _tiles(shape.SAMPLES, shape.T, shape.TOTAL, block, packed)
+            tensors = (q, k, v, grad, out, lse, delta, grad_q)
+            query_gradient_kernel[tiles, shape.H](*tensors, *call.arguments(), **constants)
+        if k.numel() > 0:
+            constants = call.constants | attention_backward.key_blocks(*sizes)
+            total = k.shape[0] if packed else shape.SAMPLES * shape.N
+            tiles = _tiles(shape.SAMPLES, shape.N, total, constants["BLOCK_N"], packed)
+            parts = _parts(shape, tiles, constants["BLOCK_M"], _processors(q))
+            sums = grad_k, grad_v
+            if parts > 1:
+                sums = (k.new_empty((2, parts, *k.shape), dtype=torch.float32)).unbind()
+            tensors = (q, k, v, grad, lse, delta, *sums)
+            grid = (tiles, shape.H_KV, parts)
+            key_gradient_kernel[grid](*tensors, *call.arguments(), total, **constants)
+            if parts > 1:
+                grad_k, grad_v = (x.sum(0).to(k.dtype) for x in sums)
+        if gate is not None:
+            stride = gate.stride(0)
+            gate_gradient_kernel[(shape.H,)](
+                delta, gate, grad_gate, shape.TOTAL, stride, BLOCK=_GATE_BLOCK
+            )
+    return grad_q, grad_k, grad_v, grad_gate
+
+
+def _parts(shape: _Shape, tiles: int, block: int, processors: int) -> int:
+    """Count the parts of the key gradient's loop that fill the GPU where there are few keys."""
+    steps = int(triton.cdiv(shape.TOTAL // max(1, shape.SAMPLES), block)) * shape.H // shape.H_KV
+    wanted = processors // max(1, tiles * shape.H_KV)
+    return max(1, min(wanted, steps // _LEAST_STEPS, _MOST_PARTS))
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> tuple[Tensor, ...]:
+    """Make room for the gradients; that of a gate which is not there is empty."""
+    grad_gate = q.new_empty(0) if gate is None else _like(gate)
+    return _like(q), _like(k), _like(v), grad_gate
+
+
+def _fake_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    gate: Tensor | None,
+    scales: Tensor | None,
+    scale: float | None,
+    key_mask: Tensor | None,
+    *samples: Any,
+) -> tuple[Tensor, ...]:
+    _check(q, k, v, scales, key_mask, *samples)
+    return _gradients(q, k, v, gate)
+
+
+class _Context(FunctionCtx):
+    saved_tensors: tuple[Any, ...]
+    scale: float | None
+    lengths: tuple[Any, Any]
+
+
+def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, scales, ctx.scale, key_mask, *ctx.lengths, cu_seqlens, cu_key_seqlens = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, scales, key_mask, cu_seqlens, cu_key_seqlens)
+
+
+def _backward(ctx: _Context, grad: Tensor, grad_lse: object) -> tuple[Any, ...]:
+    q, k, v, out, lse, scales, key_mask, *cu_seqlens = ctx.saved_tensors
+    options = (None, scales, ctx.scale, key_mask, *ctx.lengths, *cu_seqlens)
+    grads = _attention_backward(grad, q, k, v, out, lse, *options)
+    return (*grads[:3], *(None,) * 7)
+
+
 _SAMPLES = "SymInt[]? lengths, SymInt[]? key_lengths, Tensor? cu_seqlens, Tensor? cu_key_seqlens"
+_OPTIONS = f"Tensor? scales, float? scale, Tensor? key_mask, {_SAMPLES}"
+
 _attention = operators.define(
-    "attention(Tensor q, Tensor k, Tensor v, Tensor? scales, float? scale, Tensor? key_mask, "
-    f"{_SAMPLES}) -> (Tensor, Tensor)",
+    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
     _launch,
     _fake,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+_attention_backward = operators.define(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"Tensor? gate, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _launch_backward,
+    _fake_backward,
 )
