@@ -20,7 +20,13 @@ import triton.language as tl
 from nextdit_kernels.attention_forward import sizes, tanh
 from nextdit_kernels.attention_tiles import head_of_sample, load_rows, store_rows, where_to_work
 
-__all__ = ["gate_gradient_kernel", "key_gradient_kernel", "query_gradient_kernel"]
+__all__ = [
+    "gate_gradient_kernel",
+    "key_blocks",
+    "key_gradient_kernel",
+    "query_blocks",
+    "query_gradient_kernel",
+]
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -391,9 +397,17 @@ def gate_gradient_kernel(
 
 def query_blocks(head_dim: int, itemsize: int, capability: tuple[int, int]) -> dict[str, int]:
     """Choose the blocks of `query_gradient_kernel`, as `attention_forward.blocks` does."""
-    return sizes(64, 32, 4, 2)
+    if itemsize == 4:
+        return sizes(64, 16, 8, 2) if head_dim <= 128 else sizes(32, 16, 8, 1)
+    if capability[0] not in (9, 10):
+        return sizes(64, 32, 4, 2) if head_dim <= 128 else sizes(32, 32, 8, 1)
+    return sizes(128, 64, 8, 2) if head_dim <= 128 else sizes(64, 32, 8, 2)
 
 
 def key_blocks(head_dim: int, itemsize: int, capability: tuple[int, int]) -> dict[str, int]:
     """Choose the blocks of `key_gradient_kernel`, as `attention_forward.blocks` does."""
-    return sizes(64, 32, 4, 2)
+    if itemsize == 4:
+        return sizes(16, 64, 8, 2) if head_dim <= 128 else sizes(16, 32, 8, 1)
+    if capability[0] not in (9, 10):
+        return sizes(32, 64, 4, 2) if head_dim <= 128 else sizes(32, 32, 8, 1)
+    return sizes(64, 128, 8, 2) if head_dim <= 128 else sizes(32, 64, 8, 2)

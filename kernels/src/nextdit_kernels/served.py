@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-__all__ = ["aligned", "why_not"]
+__all__ = ["DTYPES", "aligned", "why_not"]
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: The dtypes that the kernels take.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Bytes of the widest load.
 _LOAD = 16
@@ -28,7 +29,7 @@ def why_not(kernel: object, **tensors: Tensor) -> str | None:
         A reason that names what is served, or None.
     """
     (first, x), *others = tensors.items()
-    if x.dtype not in _DTYPES or any(other.dtype != x.dtype for _, other in others):
+    if x.dtype not in DTYPES or any(other.dtype != x.dtype for _, other in others):
         found = [f"{first} is {x.dtype}", *(f"{name} {other.dtype}" for name, other in others)]
         return f"{_listed(found)}; the kernel takes one of bfloat16, float16, float32"
     if any(other.device != x.device for _, other in others):

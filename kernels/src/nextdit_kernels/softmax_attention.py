@@ -29,7 +29,7 @@ from nextdit_kernels.attention_backward import (
 from nextdit_kernels.attention_forward import attention_kernel
 from nextdit_kernels.attention_tiles import split_head
 
-__all__ = ["MAX_HEAD_DIM", "attention", "why_not"]
+__all__ = ["MAX_HEAD_DIM", "attention", "gated_cross_attention", "why_not"]
 
 #: The widest head that the kernels hold.
 MAX_HEAD_DIM = 256
@@ -125,6 +125,62 @@ def attention(
     """
     samples = _samples(q, k, lengths, key_lengths, cu_seqlens, cu_key_seqlens)
     return _attention(q, k, v, *_scale(q, scale), key_mask, *samples)[0]
+
+
+def gated_cross_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    gate: Tensor,
+    out: Tensor,
+    *,
+    lengths: Sequence[int] | None = None,
+    key_lengths: Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_key_seqlens: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | Tensor | None = None,
+) -> Tensor:
+    """Attend to a text, and add the result to `out` through the gate of each head, in one launch.
+
+    y = out + tanh(gate) * softmax(scale * q keys^T) values
+
+    The sum is float32 and rounded once. Differentiable once, in q, keys, values, gate and out;
+    compiles without graph breaks. Where one of the first four requires a gradient, the softmax's
+    own result is kept for it.
+
+    Args:
+        q: As in `attention`: the queries that `out` is the self-attention of.
+        keys: As k in `attention`.
+        values: As v in `attention`.
+        gate: `[heads]`; bfloat16, float16 or float32.
+        out: As `q`, any strides.
+        lengths: As in `attention`.
+        key_lengths: As in `attention`: packed only, keys of each sample's text.
+        cu_seqlens: As in `attention`.
+        cu_key_seqlens: As in `attention`.
+        key_mask: As in `attention`: dense only, `[batch, keys]` bool, True = attend.
+        scale: As in `attention`.
+
+    Returns:
+        As `q`, contiguous.
+
+    Raises:
+        ValueError: As `attention`, and where gate or out do not fit.
+
+    Source: Zhang et al., LLaMA-Adapter (arXiv 2303.16199): attention behind a gate that starts at
+        0; in Next-DiT, Lumina-Next (arXiv 2406.18583), over the keys of the text.
+
+    >>> device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU: TRITON_INTERPRET=1
+    >>> q, text = torch.ones(2, 5, 4, 8, device=device), torch.ones(2, 3, 2, 8, device=device)
+    >>> y = gated_cross_attention(q, text, text, torch.zeros(4, device=device), q)
+    >>> torch.equal(y, q)  # a closed gate
+    True
+    """
+    samples = _samples(q, keys, lengths, key_lengths, cu_seqlens, cu_key_seqlens)
+    keep = torch.is_grad_enabled() and any(x.requires_grad for x in (q, keys, values, gate))
+    options = (*_scale(q, scale), key_mask, *samples)
+    return _gated_attention(q, keys, values, gate, out, keep, *options)[0]
 
 
 def _scale(q: Tensor, scale: float | Tensor | None) -> tuple[Tensor | None, float | None]:
@@ -226,6 +282,21 @@ def _check(
                 f"scale is {scales.dtype} {tuple(scales.shape)} on {scales.device}; expected a "
                 f"number, or float32 [1], [{samples}] or [{samples}, {q.shape[-2]}] on {q.device}"
             )
+
+
+def _check_gate(q: Tensor, gate: Tensor, residual: Tensor) -> None:
+    """Refuse a gate or a residual that do not fit the queries."""
+    fits = gate.shape == q.shape[-2:-1] and gate.device == q.device
+    if not (fits and gate.dtype in served.DTYPES):
+        raise ValueError(
+            f"gate is {gate.dtype} {tuple(gate.shape)} on {gate.device}; expected one number per "
+            f"query head, [{q.shape[-2]}], bfloat16, float16 or float32, on {q.device}"
+        )
+    if (residual.shape, residual.dtype, residual.device) != (q.shape, q.dtype, q.device):
+        raise ValueError(
+            f"out is {residual.dtype} {tuple(residual.shape)} on {residual.device}; expected it "
+            f"like q, {q.dtype} {tuple(q.shape)} on {q.device}"
+        )
 
 
 def _check_samples(
@@ -424,6 +495,50 @@ def _fake(
     return _outputs(q)
 
 
+def _launch_gated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    residual: Tensor,
+    keep: bool,
+    scales: Tensor | None,
+    scale: float | None,
+    key_mask: Tensor | None,
+    *samples: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the kernel with its epilogue; keep asks for the softmax's own result too."""
+    _check(q, k, v, scales, key_mask, *samples)
+    _check_gate(q, gate, residual)
+    _refuse_unserved(q, k, v)
+    gated, out, lse = _gated_outputs(q, keep)
+    call = _call(q, k, v, residual, gate, scales, scale, key_mask, samples)
+    _run(q, k, v, residual, out if keep else None, gated, lse, call)
+    return gated, out, lse
+
+
+def _gated_outputs(q: Tensor, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    gated, lse = _outputs(q)
+    return gated, _like(q) if keep else q.new_empty(0), lse
+
+
+def _fake_gated(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    residual: Tensor,
+    keep: bool,
+    scales: Tensor | None,
+    scale: float | None,
+    key_mask: Tensor | None,
+    *samples: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(q, k, v, scales, key_mask, *samples)
+    _check_gate(q, gate, residual)
+    return _gated_outputs(q, keep)
+
+
 def _launch_backward(
     grad: Tensor,
     q: Tensor,
@@ -506,7 +621,8 @@ def _fake_backward(
 class _Context(FunctionCtx):
     saved_tensors: tuple[Any, ...]
     scale: float | None
-    lengths: tuple[Any, Any]
+    lengths: list[Any]
+    kept: bool
 
 
 def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -523,6 +639,24 @@ def _backward(ctx: _Context, grad: Tensor, grad_lse: object) -> tuple[Any, ...]:
     return (*grads[:3], *(None,) * 7)
 
 
+def _setup_gated_context(
+    ctx: _Context, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    q, k, v, gate, _, ctx.kept, scales, ctx.scale, key_mask, *ctx.lengths, cu, cu_keys = inputs
+    _, out, lse = output
+    ctx.mark_non_differentiable(out, lse)
+    ctx.save_for_backward(q, k, v, out, lse, gate, scales, key_mask, cu, cu_keys)
+
+
+def _gated_backward(ctx: _Context, grad: Tensor, *others: object) -> tuple[Any, ...]:
+    if not ctx.kept:  # nothing but the residual requires a gradient
+        return (*(None,) * 4, grad, *(None,) * 8)
+    *tensors, gate, scales, key_mask, cu, cu_keys = ctx.saved_tensors
+    options = (scales, ctx.scale, key_mask, *ctx.lengths, cu, cu_keys)
+    grads = _attention_backward(grad, *tensors, gate, *options)
+    return (*grads, grad, *(None,) * 8)
+
+
 _SAMPLES = "SymInt[]? lengths, SymInt[]? key_lengths, Tensor? cu_seqlens, Tensor? cu_key_seqlens"
 _OPTIONS = f"Tensor? scales, float? scale, Tensor? key_mask, {_SAMPLES}"
 
@@ -532,6 +666,14 @@ _attention = operators.define(
     _fake,
     setup_context=_setup_context,
     backward=_backward,
+)
+_gated_attention = operators.define(
+    "gated_attention(Tensor q, Tensor k, Tensor v, Tensor gate, Tensor residual, bool keep, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    _launch_gated,
+    _fake_gated,
+    setup_context=_setup_gated_context,
+    backward=_gated_backward,
 )
 _attention_backward = operators.define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
