@@ -165,8 +165,10 @@ def attention_kernel(
         keys = tl.load(cu_keys_ptr + i_b + 1) - start_k
     if scales_ptr is not None:
         scale = tl.load(scales_ptr + i_b * scales_sb + i_h * scales_sh)
-    # The largest score is scaled after it is found, which needs a factor that is not negative.
+    # The largest score is scaled after it is found, which needs a factor that is not negative; and
+    # one of 0 would make NaN of the -inf of keys that are not there.
     factor = tl.abs(scale) * _LOG2E
+    factor = tl.where(factor == 0, 1e-30, factor)
 
     o_m = first + tl.arange(0, BLOCK_M)
     m_m = o_m < tokens

@@ -456,11 +456,15 @@ def _run(
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     """Make room for the result and the logarithms of the sums, `[heads, all tokens]`."""
     tokens = q.shape[0] if q.ndim == 3 else q.shape[0] * q.shape[1]
-    return _like(q), q.new_empty((q.shape[-2], tokens), dtype=torch.float32)
+    return _like(q), _float32(q, q.shape[-2], tokens)
 
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _float32(x: Tensor, *shape: int) -> Tensor:
+    return x.new_empty(shape, dtype=torch.float32)
 
 
 def _launch(
@@ -559,7 +563,7 @@ def _launch_backward(
     shape, packed = call.shape, q.ndim == 3
     sizes = (q.shape[-1], q.itemsize, _capability(q))
     grad_q, grad_k, grad_v, grad_gate = _gradients(q, k, v, gate)
-    delta = torch.empty_like(lse)
+    delta = _like(lse)
     with _on(q):
         if q.numel() > 0:
             constants = call.constants | attention_backward.query_blocks(*sizes)
@@ -574,7 +578,7 @@ def _launch_backward(
             parts = _parts(shape, tiles, constants["BLOCK_M"], _processors(q))
             sums = grad_k, grad_v
             if parts > 1:
-                sums = (k.new_empty((2, parts, *k.shape), dtype=torch.float32)).unbind()
+                sums = _float32(k, 2, parts, *k.shape).unbind()
             tensors = (q, k, v, grad, lse, delta, *sums)
             grid = (tiles, shape.H_KV, parts)
             key_gradient_kernel[grid](*tensors, *call.arguments(), total, **constants)
