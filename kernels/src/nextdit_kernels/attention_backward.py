@@ -69,6 +69,7 @@ def _query_gradient(
     v = load_rows(row_v, m_n, v_sd, D, 0, MAIN, EVERY_KEY)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     grad_p = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    k_tail = k
     if TAIL:
         k_tail = load_rows(row_k, m_n, k_sd, D, MAIN, TAIL, EVERY_KEY)
         v_tail = load_rows(row_v, m_n, v_sd, D, MAIN, TAIL, EVERY_KEY)
@@ -166,30 +167,29 @@ def query_gradient_kernel(
         scale = tl.load(scales_ptr + i_b * scales_sb + i_h * scales_sh)
     factor = scale * _LOG2E
 
-    PACKED: tl.constexpr = cu_ptr is not None
     o_m = first + tl.arange(0, BLOCK_M)
     m_m = o_m < tokens
     row = (i_b * T + start + o_m).to(tl.int64)
     o_out = row * H + i_h
-    p_q = q_ptr + head_of_sample(i_b, i_h, start, q_sb, q_st, q_sh, PACKED, VECTOR)
-    p_g = grad_ptr + head_of_sample(i_b, i_h, start, grad_sb, grad_st, grad_sh, PACKED, VECTOR)
+    p_q = q_ptr + head_of_sample(i_b, i_h, start, q_sb, q_st, q_sh, cu_ptr, VECTOR)
+    p_g = grad_ptr + head_of_sample(i_b, i_h, start, grad_sb, grad_st, grad_sh, cu_ptr, VECTOR)
     row_q = p_q + tl.multiple_of(o_m.to(tl.int64) * q_st, VECTOR)
     row_g = p_g + tl.multiple_of(o_m.to(tl.int64) * grad_st, VECTOR)
-    q = load_rows(row_q, m_m, q_sd, D, 0, MAIN)
-    grad = load_rows(row_g, m_m, grad_sd, D, 0, MAIN)
-    out = load_rows(out_ptr + o_out * D, m_m, 1, D, 0, MAIN)
+    q = load_rows(row_q, m_m, q_sd, D, 0, MAIN, False)
+    grad = load_rows(row_g, m_m, grad_sd, D, 0, MAIN, False)
+    out = load_rows(out_ptr + o_out * D, m_m, 1, D, 0, MAIN, False)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     q_tail = q
     grad_tail = grad
     if TAIL:
-        q_tail = load_rows(row_q, m_m, q_sd, D, MAIN, TAIL)
-        grad_tail = load_rows(row_g, m_m, grad_sd, D, MAIN, TAIL)
-        out = load_rows(out_ptr + o_out * D, m_m, 1, D, MAIN, TAIL)
+        q_tail = load_rows(row_q, m_m, q_sd, D, MAIN, TAIL, False)
+        grad_tail = load_rows(row_g, m_m, grad_sd, D, MAIN, TAIL, False)
+        out = load_rows(out_ptr + o_out * D, m_m, 1, D, MAIN, TAIL, False)
         delta += tl.sum(grad_tail.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + i_h * TOTAL + row, delta, mask=m_m)
     lse = tl.load(lse_ptr + i_h * TOTAL + row, mask=m_m, other=float("inf"))
-    p_k = k_ptr + head_of_sample(i_b, i_k, start_k, k_sb, k_st, k_sh, PACKED, VECTOR)
-    p_v = v_ptr + head_of_sample(i_b, i_k, start_k, v_sb, v_st, v_sh, PACKED, VECTOR)
+    p_k = k_ptr + head_of_sample(i_b, i_k, start_k, k_sb, k_st, k_sh, cu_ptr, VECTOR)
+    p_v = v_ptr + head_of_sample(i_b, i_k, start_k, v_sb, v_st, v_sh, cu_ptr, VECTOR)
 
     acc = tl.zeros((BLOCK_M, MAIN), tl.float32)
     acc_tail = tl.zeros((BLOCK_M, TAIL if TAIL else 16), tl.float32)
@@ -300,21 +300,20 @@ def key_gradient_kernel(
         start = tl.load(cu_ptr + i_b)
         tokens = tl.load(cu_ptr + i_b + 1) - start
 
-    PACKED: tl.constexpr = cu_ptr is not None
     o_n = first + tl.arange(0, BLOCK_N)
     m_n = o_n < keys
     row_n = (i_b * N + start_k + o_n).to(tl.int64)
-    p_k = k_ptr + head_of_sample(i_b, i_k, start_k, k_sb, k_st, k_sh, PACKED, VECTOR)
-    p_v = v_ptr + head_of_sample(i_b, i_k, start_k, v_sb, v_st, v_sh, PACKED, VECTOR)
+    p_k = k_ptr + head_of_sample(i_b, i_k, start_k, k_sb, k_st, k_sh, cu_ptr, VECTOR)
+    p_v = v_ptr + head_of_sample(i_b, i_k, start_k, v_sb, v_st, v_sh, cu_ptr, VECTOR)
     row_k = p_k + tl.multiple_of(o_n.to(tl.int64) * k_st, VECTOR)
     row_v = p_v + tl.multiple_of(o_n.to(tl.int64) * v_st, VECTOR)
-    k = load_rows(row_k, m_n, k_sd, D, 0, MAIN)
-    v = load_rows(row_v, m_n, v_sd, D, 0, MAIN)
+    k = load_rows(row_k, m_n, k_sd, D, 0, MAIN, False)
+    v = load_rows(row_v, m_n, v_sd, D, 0, MAIN, False)
     k_tail = k
     v_tail = v
     if TAIL:
-        k_tail = load_rows(row_k, m_n, k_sd, D, MAIN, TAIL)
-        v_tail = load_rows(row_v, m_n, v_sd, D, MAIN, TAIL)
+        k_tail = load_rows(row_k, m_n, k_sd, D, MAIN, TAIL, False)
+        v_tail = load_rows(row_v, m_n, v_sd, D, MAIN, TAIL, False)
 
     acc_k = tl.zeros((BLOCK_N, MAIN), tl.float32)
     acc_v = tl.zeros((BLOCK_N, MAIN), tl.float32)
@@ -330,20 +329,22 @@ def key_gradient_kernel(
         o_m = (step - i_g * tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
         m_m = o_m < tokens
         row = i_h * TOTAL + i_b * T + start + o_m
-        p_q = q_ptr + head_of_sample(i_b, i_h, start, q_sb, q_st, q_sh, PACKED, VECTOR)
-        p_g = grad_ptr + head_of_sample(i_b, i_h, start, grad_sb, grad_st, grad_sh, PACKED, VECTOR)
+        p_q = q_ptr + head_of_sample(i_b, i_h, start, q_sb, q_st, q_sh, cu_ptr, VECTOR)
+        p_g = grad_ptr + head_of_sample(i_b, i_h, start, grad_sb, grad_st, grad_sh, cu_ptr, VECTOR)
         row_q = p_q + tl.multiple_of(o_m.to(tl.int64) * q_st, VECTOR)
         row_g = p_g + tl.multiple_of(o_m.to(tl.int64) * grad_st, VECTOR)
-        q = load_rows(row_q, m_m, q_sd, D, 0, MAIN)
-        grad = load_rows(row_g, m_m, grad_sd, D, 0, MAIN)
+        q = load_rows(row_q, m_m, q_sd, D, 0, MAIN, False)
+        grad = load_rows(row_g, m_m, grad_sd, D, 0, MAIN, False)
         lse = tl.load(lse_ptr + row, mask=m_m, other=float("inf"))
         delta = tl.load(delta_ptr + row, mask=m_m, other=0.0)
         if scales_ptr is not None:
             scale = tl.load(scales_ptr + i_b * scales_sb + i_h * scales_sh)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        q_tail = q
+        grad_tail = grad
         if TAIL:
-            q_tail = load_rows(row_q, m_m, q_sd, D, MAIN, TAIL)
-            grad_tail = load_rows(row_g, m_m, grad_sd, D, MAIN, TAIL)
+            q_tail = load_rows(row_q, m_m, q_sd, D, MAIN, TAIL, False)
+            grad_tail = load_rows(row_g, m_m, grad_sd, D, MAIN, TAIL, False)
             scores = tl.dot(k_tail, tl.trans(q_tail), scores, input_precision=PRECISION)
         p = tl.exp2(scores * (scale * _LOG2E) - lse[None, :])
         if gate_ptr is not None:
@@ -395,19 +396,21 @@ def gate_gradient_kernel(
     tl.store(grad_gate_ptr + i_h, grad.to(grad_gate_ptr.dtype.element_ty))
 
 
-def query_blocks(head_dim: int, itemsize: int, capability: tuple[int, int]) -> dict[str, int]:
+def query_blocks(
+    head_dim: int, itemsize: int, capability: tuple[int, int], masked: bool
+) -> dict[str, int]:
     """Choose the blocks of `query_gradient_kernel`, as `attention_forward.blocks` does."""
     if itemsize == 4:
-        return sizes(64, 16, 8, 2) if head_dim <= 128 else sizes(32, 16, 8, 1)
+        return sizes(64, 16, 8, 2) if head_dim <= 96 else sizes(16, 16, 4, 2)
     if capability[0] not in (9, 10):
         return sizes(64, 32, 4, 2) if head_dim <= 128 else sizes(32, 32, 8, 1)
-    return sizes(128, 64, 8, 2) if head_dim <= 128 else sizes(64, 32, 8, 2)
+    return sizes(128, 32 if masked else 64, 8, 2) if head_dim <= 128 else sizes(64, 32, 8, 2)
 
 
 def key_blocks(head_dim: int, itemsize: int, capability: tuple[int, int]) -> dict[str, int]:
     """Choose the blocks of `key_gradient_kernel`, as `attention_forward.blocks` does."""
     if itemsize == 4:
-        return sizes(16, 64, 8, 2) if head_dim <= 128 else sizes(16, 32, 8, 1)
+        return sizes(16, 32 if head_dim <= 128 else 16, 8, 2)
     if capability[0] not in (9, 10):
         return sizes(32, 64, 4, 2) if head_dim <= 128 else sizes(32, 32, 8, 1)
     return sizes(64, 128, 8, 2) if head_dim <= 128 else sizes(32, 64, 8, 2)

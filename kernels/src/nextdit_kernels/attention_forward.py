@@ -172,17 +172,16 @@ def attention_kernel(
 
     o_m = first + tl.arange(0, BLOCK_M)
     m_m = o_m < tokens
-    PACKED: tl.constexpr = cu_ptr is not None
-    p_q = q_ptr + head_of_sample(i_b, i_h, start, q_sb, q_st, q_sh, PACKED, VECTOR)
+    p_q = q_ptr + head_of_sample(i_b, i_h, start, q_sb, q_st, q_sh, cu_ptr, VECTOR)
     row_q = p_q + tl.multiple_of(o_m.to(tl.int64) * q_st, VECTOR)
-    q = load_rows(row_q, m_m, q_sd, D, 0, MAIN)
+    q = load_rows(row_q, m_m, q_sd, D, 0, MAIN, False)
     q = tl.where(scale < 0, -q, q)
     q_tail = q
     if TAIL:
-        q_tail = load_rows(row_q, m_m, q_sd, D, MAIN, TAIL)
+        q_tail = load_rows(row_q, m_m, q_sd, D, MAIN, TAIL, False)
         q_tail = tl.where(scale < 0, -q_tail, q_tail)
-    p_k = k_ptr + head_of_sample(i_b, i_k, start_k, k_sb, k_st, k_sh, PACKED, VECTOR)
-    p_v = v_ptr + head_of_sample(i_b, i_k, start_k, v_sb, v_st, v_sh, PACKED, VECTOR)
+    p_k = k_ptr + head_of_sample(i_b, i_k, start_k, k_sb, k_st, k_sh, cu_ptr, VECTOR)
+    p_v = v_ptr + head_of_sample(i_b, i_k, start_k, v_sb, v_st, v_sh, cu_ptr, VECTOR)
 
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -227,28 +226,31 @@ def attention_kernel(
             store_rows(out_ptr, o_out, acc_tail, m_m, D, MAIN, TAIL)
     if gate_ptr is not None:
         opening = tanh(tl.load(gate_ptr + i_h * gate_sh).to(tl.float32))
-        o_r = head_of_sample(i_b, i_h, start, residual_sb, residual_st, residual_sh, PACKED, VECTOR)
+        o_r = head_of_sample(i_b, i_h, start, residual_sb, residual_st, residual_sh, cu_ptr, VECTOR)
         row_r = residual_ptr + o_r + tl.multiple_of(o_m.to(tl.int64) * residual_st, VECTOR)
-        residual = load_rows(row_r, m_m, residual_sd, D, 0, MAIN).to(tl.float32)
+        residual = load_rows(row_r, m_m, residual_sd, D, 0, MAIN, False).to(tl.float32)
         store_rows(gated_ptr, o_out, residual + opening * acc, m_m, D, 0, MAIN)
         if TAIL:
-            residual = load_rows(row_r, m_m, residual_sd, D, MAIN, TAIL).to(tl.float32)
+            residual = load_rows(row_r, m_m, residual_sd, D, MAIN, TAIL, False).to(tl.float32)
             store_rows(gated_ptr, o_out, residual + opening * acc_tail, m_m, D, MAIN, TAIL)
 
 
-def blocks(head_dim: int, itemsize: int, capability: tuple[int, int]) -> dict[str, int]:
+def blocks(
+    head_dim: int, itemsize: int, capability: tuple[int, int], masked: bool
+) -> dict[str, int]:
     """Choose the blocks of queries and keys, the warps and the depth of the pipeline.
 
     Read off the compiled code: the largest blocks whose registers do not spill and whose shared
-    memory the GPU has, 99 KiB on consumer cards and 227 KiB on those of data centres.
+    memory the GPU has, 99 KiB on consumer cards and 227 KiB on those of data centres. A mask takes
+    registers, and masked keys are texts, which are short.
     """
     if itemsize == 4:  # multiplied by the ordinary units, out of registers
-        return sizes(64, 16, 8, 2)
+        return sizes(64 if head_dim <= 128 else 32, 16, 8, 2)
     if capability[0] not in (9, 10):
-        return sizes(128, 64, 8, 3) if head_dim <= 128 else sizes(64, 32, 8, 2)
+        return sizes(128, 64, 8, 3) if head_dim <= 128 else sizes(64, 16, 4, 2)
     if head_dim > 128:
         return sizes(128, 32, 8, 2)
-    return sizes(128, 128, 8, 3 if head_dim <= 96 else 2)
+    return sizes(128, 64 if masked else 128, 8, 3 if head_dim <= 96 else 2)
 
 
 def sizes(queries: int, keys: int, warps: int, stages: int) -> dict[str, int]:

@@ -69,14 +69,15 @@ def head_of_sample(
     s_b: tl.tensor,
     s_t: tl.tensor,
     s_h: tl.tensor,
-    PACKED: tl.constexpr,
+    cu_ptr: tl.tensor,
     VECTOR: tl.constexpr,
 ):
     """Give the offset of a head in the first row of a sample, which every stride keeps aligned."""
-    if PACKED:  # no sum with a 0, which the compiler would fold, and the hint with it
-        return tl.multiple_of(i_h * s_h + start.to(tl.int64) * s_t, VECTOR)
-    else:
+    # No sum of both with a 0 in one of them: the compiler would fold it, and the hint with it.
+    if cu_ptr is None:
         return tl.multiple_of(i_b * s_b + i_h * s_h, VECTOR)
+    else:
+        return tl.multiple_of(i_h * s_h + start.to(tl.int64) * s_t, VECTOR)
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def load_rows(
     D: tl.constexpr,
     FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
-    EVERY_ROW: tl.constexpr = False,
+    EVERY_ROW: tl.constexpr,
 ):
     """Load WIDTH channels from FIRST on, 0 beyond D and, unless EVERY_ROW, where m_row is not."""
     o_d = FIRST + tl.arange(0, WIDTH)
@@ -110,8 +111,8 @@ def store_rows(
     FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """Store WIDTH channels from FIRST on into rows of D contiguous ones."""
+    """Store WIDTH channels from FIRST on, rounded, into rows of D contiguous ones."""
     o_d = FIRST + tl.arange(0, WIDTH)
     p = x_ptr + (row * D)[:, None] + o_d[None, :]
     m = m_row[:, None] & (o_d < D)[None, :]
-    tl.store(p, x.to(x_ptr.dtype.element_ty), mask=m)
+    tl.store(p, x, mask=m)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -299,6 +299,18 @@ def _check_gate(q: Tensor, gate: Tensor, residual: Tensor) -> None:
         )
 
 
+def _check_backward(grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Refuse what the forward pass did not give."""
+    tensors = f"grad {tuple(grad.shape)}, out {tuple(out.shape)} and lse {tuple(lse.shape)}"
+    fits = grad.shape == out.shape == q.shape and grad.dtype == out.dtype == q.dtype
+    fits = fits and lse.shape == (q.shape[-2], math.prod(q.shape[:-2]))
+    if not (fits and out.is_contiguous() and lse.is_contiguous()):
+        raise ValueError(
+            f"{tensors} do not fit; expected grad and a contiguous out like q {tuple(q.shape)}, "
+            f"{q.dtype}, and lse [heads, all tokens]"
+        )
+
+
 def _check_samples(
     name: str, lengths: Sequence[int] | None, cu_name: str, cu_seqlens: Tensor | None, x: Tensor
 ) -> int:
@@ -347,6 +359,7 @@ class _Call(NamedTuple):
     scale: float
     strides: tuple[int, ...]
     constants: dict[str, Any]
+    case: tuple[int, int, tuple[int, int], bool]  # what the sizes of blocks depend on
 
     def arguments(self) -> tuple[Any, ...]:
         """Give the arguments that follow the tensors of the kernel's own."""
@@ -399,6 +412,7 @@ def _call(
         1 / math.sqrt(width) if scale is None else float(scale),
         (*(number for stride in strides for number in stride), *s_scales, *s_mask, s_gate),
         constants,
+        (width, q.itemsize, _capability(q), key_mask is not None),
     )
 
 
@@ -413,9 +427,11 @@ def _tiles(samples: int, rows: int, total: int, block: int, packed: bool) -> int
     return total // block + samples if packed else samples * int(triton.cdiv(rows, block))
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    """Launch on the device of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def _start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel on the device of its first argument."""
+    x = arguments[0]
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        kernel[grid](*arguments, **constants)
 
 
 def _capability(x: Tensor) -> tuple[int, int]:
@@ -445,12 +461,11 @@ def _run(
     """Run the forward kernel."""
     if q.numel() == 0:
         return
-    constants = call.constants | attention_forward.blocks(q.shape[-1], q.itemsize, _capability(q))
+    constants = call.constants | attention_forward.blocks(*call.case)
     shape, block = call.shape, constants["BLOCK_M"]
     tiles = _tiles(shape.SAMPLES, shape.T, shape.TOTAL, block, q.ndim == 3)
     tensors = (q, k, v, residual, out, gated, lse)
-    with _on(q):
-        attention_kernel[tiles, shape.H](*tensors, *call.arguments(), **constants)
+    _start(attention_kernel, (tiles, shape.H), *tensors, *call.arguments(), **constants)
 
 
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -558,37 +573,30 @@ def _launch_backward(
 ) -> tuple[Tensor, ...]:
     """Run the backward kernels, that of the queries first: it computes what the other one reads."""
     _check(q, k, v, scales, key_mask, *samples)
+    _check_backward(grad, q, out, lse)
     _refuse_unserved(q, k, v)
     call = _call(q, k, v, grad, gate, scales, scale, key_mask, samples)
     shape, packed = call.shape, q.ndim == 3
-    sizes = (q.shape[-1], q.itemsize, _capability(q))
     grad_q, grad_k, grad_v, grad_gate = _gradients(q, k, v, gate)
     delta = _like(lse)
-    with _on(q):
-        if q.numel() > 0:
-            constants = call.constants | attention_backward.query_blocks(*sizes)
-            block = constants["BLOCK_M"]
-            tiles = _tiles(shape.SAMPLES, shape.T, shape.TOTAL, block, packed)
-            tensors = (q, k, v, grad, out, lse, delta, grad_q)
-            query_gradient_kernel[tiles, shape.H](*tensors, *call.arguments(), **constants)
-        if k.numel() > 0:
-            constants = call.constants | attention_backward.key_blocks(*sizes)
-            total = k.shape[0] if packed else shape.SAMPLES * shape.N
-            tiles = _tiles(shape.SAMPLES, shape.N, total, constants["BLOCK_N"], packed)
-            parts = _parts(shape, tiles, constants["BLOCK_M"], _processors(q))
-            sums = grad_k, grad_v
-            if parts > 1:
-                sums = _float32(k, 2, parts, *k.shape).unbind()
-            tensors = (q, k, v, grad, lse, delta, *sums)
-            grid = (tiles, shape.H_KV, parts)
-            key_gradient_kernel[grid](*tensors, *call.arguments(), total, **constants)
-            if parts > 1:
-                grad_k, grad_v = (x.sum(0).to(k.dtype) for x in sums)
-        if gate is not None:
-            stride = gate.stride(0)
-            gate_gradient_kernel[(shape.H,)](
-                delta, gate, grad_gate, shape.TOTAL, stride, BLOCK=_GATE_BLOCK
-            )
+    if q.numel() > 0:
+        constants = call.constants | attention_backward.query_blocks(*call.case)
+        tiles = _tiles(shape.SAMPLES, shape.T, shape.TOTAL, constants["BLOCK_M"], packed)
+        tensors = (q, k, v, grad, out, lse, delta, grad_q)
+        _start(query_gradient_kernel, (tiles, shape.H), *tensors, *call.arguments(), **constants)
+    if k.numel() > 0:
+        constants = call.constants | attention_backward.key_blocks(*call.case[:3])
+        total = k.shape[0] if packed else shape.SAMPLES * shape.N
+        tiles = _tiles(shape.SAMPLES, shape.N, total, constants["BLOCK_N"], packed)
+        parts = _parts(shape, tiles, constants["BLOCK_M"], _processors(q))
+        sums = (grad_k, grad_v) if parts == 1 else _float32(k, 2, parts, *k.shape).unbind()
+        arguments = (q, k, v, grad, lse, delta, *sums, *call.arguments(), total)
+        _start(key_gradient_kernel, (tiles, shape.H_KV, parts), *arguments, **constants)
+        if parts > 1:
+            grad_k, grad_v = (x.sum(0).to(k.dtype) for x in sums)
+    if gate is not None:
+        arguments = (delta, gate, grad_gate, shape.TOTAL, gate.stride(0))
+        _start(gate_gradient_kernel, (shape.H,), *arguments, BLOCK=_GATE_BLOCK)
     return grad_q, grad_k, grad_v, grad_gate
 
 
@@ -619,6 +627,7 @@ def _fake_backward(
     *samples: Any,
 ) -> tuple[Tensor, ...]:
     _check(q, k, v, scales, key_mask, *samples)
+    _check_backward(grad, q, out, lse)
     return _gradients(q, k, v, gate)
 
 
