@@ -11,13 +11,23 @@ if TYPE_CHECKING:
     from nextdit_kernels.backend import TRITON
     from nextdit_kernels.glu import swiglu
     from nextdit_kernels.rotary import rotate
+    from nextdit_kernels.softmax_attention import attention, gated_cross_attention
 
 __version__ = version("nextdit-kernels")
 
-__all__ = ["TRITON", "__version__", "rotate", "swiglu"]
+__all__ = [
+    "TRITON",
+    "__version__",
+    "attention",
+    "gated_cross_attention",
+    "rotate",
+    "swiglu",
+]
 
 _MODULES = {
     "TRITON": "nextdit_kernels.backend",
+    "attention": "nextdit_kernels.softmax_attention",
+    "gated_cross_attention": "nextdit_kernels.softmax_attention",
     "rotate": "nextdit_kernels.rotary",
     "swiglu": "nextdit_kernels.glu",
 }
