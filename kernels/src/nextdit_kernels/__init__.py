@@ -8,19 +8,24 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from nextdit_kernels.attention_backend import ATTENTION
     from nextdit_kernels.backend import TRITON
     from nextdit_kernels.block import BLOCK
     from nextdit_kernels.glu import swiglu
     from nextdit_kernels.rotary import rotate, rotate_
     from nextdit_kernels.sandwich import gate_residual, norm_modulate
+    from nextdit_kernels.softmax_attention import attention, gated_cross_attention
 
 __version__ = version("nextdit-kernels")
 
 __all__ = [
+    "ATTENTION",
     "BLOCK",
     "TRITON",
     "__version__",
+    "attention",
     "gate_residual",
+    "gated_cross_attention",
     "norm_modulate",
     "rotate",
     "rotate_",
@@ -28,9 +33,12 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ATTENTION": "nextdit_kernels.attention_backend",
     "BLOCK": "nextdit_kernels.block",
     "TRITON": "nextdit_kernels.backend",
+    "attention": "nextdit_kernels.softmax_attention",
     "gate_residual": "nextdit_kernels.sandwich",
+    "gated_cross_attention": "nextdit_kernels.softmax_attention",
     "norm_modulate": "nextdit_kernels.sandwich",
     "rotate": "nextdit_kernels.rotary",
     "rotate_": "nextdit_kernels.rotary",

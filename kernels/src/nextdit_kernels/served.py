@@ -10,7 +10,7 @@ from triton.runtime.jit import JITFunction
 
 __all__ = ["DTYPES", "aligned", "why_not"]
 
-#: What any kernel may be given.
+#: The dtypes that the kernels take.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # Bytes of the widest load.

@@ -1,0 +1,137 @@
+"""The machine code of attention, compiled ahead of time."""
+
+import re
+from collections import Counter
+from inspect import signature
+
+import pytest
+
+from nextdit_kernels import attention_backward, attention_forward
+from nextdit_kernels.attention_tiles import split_head
+
+KERNELS = {
+    "forward": (attention_forward, "attention_kernel"),
+    "query-gradient": (attention_backward, "query_gradient_kernel"),
+    "key-gradient": (attention_backward, "key_gradient_kernel"),
+}
+PARTS = {  # the pointers that are not None
+    "dense": (),
+    "packed": ("cu_ptr", "cu_keys_ptr", "scales_ptr"),
+    "gated": ("mask_ptr", "gate_ptr", "residual_ptr", "gated_ptr"),
+}
+OPTIONAL = {name for names in PARTS.values() for name in names}
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # of 8.x, that of its consumer cards
+CASES = [
+    (kernel, capability, *case)
+    for kernel in KERNELS
+    for capability in SHARED
+    for case in [
+        *(("bf16", width, "dense") for width in (64, 72, 80, 96, 128)),
+        *(("bf16", 72, "packed"), ("bf16", 72, "gated"), ("fp16", 72, "dense")),
+        ("fp32", 72, "dense"),
+    ]
+]
+UNALIGNED = ("forward", 90, "bf16", 72, "dense", 1)
+
+
+def sizes_of(kernel, capability, dtype, width, parts):
+    case = (width, 4 if dtype == "fp32" else 2, divmod(capability, 10))
+    masked = "mask_ptr" in PARTS[parts]
+    if kernel == "forward":
+        return attention_forward.blocks(*case, masked)
+    if kernel == "query-gradient":
+        return attention_backward.query_blocks(*case, masked)
+    return attention_backward.key_blocks(*case)
+
+
+def request_for(kernel, capability, dtype, width, parts, vector=None):
+    module, name = KERNELS[kernel]
+    names = signature(getattr(module, name).fn).parameters
+    types = dict.fromkeys(names, "i32") | {"scale": "fp32"}
+    types |= {name: f"*{dtype}" for name in names if name.endswith("_ptr")}
+    types |= dict.fromkeys(("lse_ptr", "delta_ptr", "scales_ptr"), "*fp32")
+    types |= {"cu_ptr": "*i32", "cu_keys_ptr": "*i32", "mask_ptr": "*u8"}
+    sizes = sizes_of(kernel, capability, dtype, width, parts)
+    main, tail = split_head(width)
+    constants = {
+        "D": width,
+        "MAIN": main,
+        "TAIL": tail,
+        "VECTOR": vector or (4 if dtype == "fp32" else 8),
+        "PRECISION": "ieee",
+        "BLOCK_M": sizes["BLOCK_M"],
+        "BLOCK_N": sizes["BLOCK_N"],
+    }
+    constants |= {name: 1 for name in names if name.endswith("_sd")}
+    constants |= {name: None for name in names if name in OPTIONAL - set(PARTS[parts])}
+    return {
+        "kernel": f"{module.__name__}:{name}",
+        "capability": capability,
+        "types": {name: types[name] for name in names},
+        "constants": constants,
+        "options": {"num_warps": sizes["num_warps"], "num_stages": sizes["num_stages"]},
+    }
+
+
+@pytest.fixture(scope="module")
+def built(compile_ahead):
+    """The code of every case."""
+    cases = [*CASES, UNALIGNED]
+    return dict(zip(cases, compile_ahead([request_for(*case) for case in cases]), strict=True))
+
+
+def products(ptx):
+    """Count the instructions that multiply matrices."""
+    return Counter(re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.", ptx))
+
+
+def work(ptx):
+    """Add up the sizes of the products of matrices that the code names, each once."""
+    shapes = re.findall(r"\bw?g?mma\.(?:sync|mma_async)\S*?\.m(\d+)n(\d+)k(\d+)\.", ptx)
+    return sum(int(m) * int(n) * int(k) for m, n, k in shapes)
+
+
+def named(case):
+    return "{}-sm{}-{}-{}-{}".format(*case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_fits_the_gpu_without_local_memory(built, case) -> None:
+    code = built[case]
+    assert ".local" not in code["ptx"]
+    assert code["stack"] == 0
+    assert code["shared"] <= SHARED[case[1]]
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_multiplies_on_tensor_cores_of_its_generation(built, case) -> None:
+    _, capability, dtype, *_ = case
+    unit = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
+    assert set(products(built[case]["ptx"])) == (set() if dtype == "fp32" else {unit})
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[2] != "fp32"], ids=named)
+def test_wide_loads(built, case) -> None:
+    ptx, parts = built[case]["ptx"], PARTS[case[4]]
+    widths = Counter(re.findall(r"\b((?:ld|st)\.global\.\S+)", ptx))
+    copies = Counter(re.findall(r"\bcp\.async\.c\S+ \[.*?\], \[.*?\], 0x(\w+)", ptx))
+    # Rows of channels go 16 bytes at a time; a block of a tail alone may have fewer for a thread.
+    # What goes 4 bytes at a time is a number per row: lse, delta and the like.
+    narrow = {"ld.global.b32", "st.global.b32"}
+    narrow |= {"ld.global.b16", "ld.global.b8"} if "gate_ptr" in parts else set()
+    assert set(widths) - narrow <= {"ld.global.v4.b32", "st.global.v4.b32"}
+    assert set(copies) <= {"10", "8", "4"}
+    assert copies["10"] > 0
+    assert copies["10"] >= 2 * copies["8"]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("width", "share"), [(64, 0.5), (72, 0.625), (80, 0.625), (96, 0.75)])
+def test_narrow_heads_do_not_pay_for_wide_ones(built, kernel, capability, width, share) -> None:
+    mine, padded = (built[kernel, capability, "bf16", w, "dense"]["ptx"] for w in (width, 128))
+    assert work(mine) == share * work(padded)
+
+
+def test_without_the_alignment_hint_loads_are_two_bytes(built) -> None:
+    assert "ld.global.b16" in built[UNALIGNED]["ptx"]
