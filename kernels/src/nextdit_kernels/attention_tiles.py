@@ -6,6 +6,8 @@ powers of two, and 80 channels cost 0.63 times the matrix work of 128.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 
@@ -15,6 +17,7 @@ __all__ = ["head_of_sample", "load_rows", "split_head", "store_rows", "where_to_
 _NARROWEST = 16
 
 
+@lru_cache
 def split_head(head_dim: int) -> tuple[int, int]:
     """Split the channels of a head into a main block and a tail, both powers of two from 16 on.
 

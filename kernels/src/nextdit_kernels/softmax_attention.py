@@ -16,7 +16,6 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -239,20 +238,20 @@ def _check(
     cu_key_seqlens: Tensor | None,
 ) -> None:
     """Refuse whatever would make the kernels read outside their tensors or misread them."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.ndim not in (3, 4) or k.ndim != q.ndim or v.ndim != q.ndim:
         raise ValueError(
-            f"{shapes} do not fit; expected all [batch, tokens, heads, head_dim] or all packed "
-            "[total_tokens, heads, head_dim]"
+            f"{_shapes(q, k, v)} do not fit; expected all [batch, tokens, heads, head_dim] or all "
+            "packed [total_tokens, heads, head_dim]"
         )
     if k.shape != v.shape or q.shape[:-3] != k.shape[:-3] or q.shape[-1] != k.shape[-1]:
         raise ValueError(
-            f"{shapes} do not fit; expected k and v of one shape, and q of their batch and head_dim"
+            f"{_shapes(q, k, v)} do not fit; expected k and v of one shape, and q of their batch "
+            "and head_dim"
         )
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(
-            f"{shapes}: {q.shape[-2]} query heads cannot share {k.shape[-2]} key heads evenly; "
-            "expected heads to be a multiple of kv_heads"
+            f"{_shapes(q, k, v)}: {q.shape[-2]} query heads cannot share {k.shape[-2]} key heads "
+            "evenly; expected heads to be a multiple of kv_heads"
         )
     samples = q.shape[0]
     if q.ndim == 3:
@@ -284,6 +283,10 @@ def _check(
             )
 
 
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+
+
 def _check_gate(q: Tensor, gate: Tensor, residual: Tensor) -> None:
     """Refuse a gate or a residual that do not fit the queries."""
     fits = gate.shape == q.shape[-2:-1] and gate.device == q.device
@@ -301,13 +304,13 @@ def _check_gate(q: Tensor, gate: Tensor, residual: Tensor) -> None:
 
 def _check_backward(grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> None:
     """Refuse what the forward pass did not give."""
-    tensors = f"grad {tuple(grad.shape)}, out {tuple(out.shape)} and lse {tuple(lse.shape)}"
     fits = grad.shape == out.shape == q.shape and grad.dtype == out.dtype == q.dtype
     fits = fits and lse.shape == (q.shape[-2], math.prod(q.shape[:-2]))
     if not (fits and out.is_contiguous() and lse.is_contiguous()):
         raise ValueError(
-            f"{tensors} do not fit; expected grad and a contiguous out like q {tuple(q.shape)}, "
-            f"{q.dtype}, and lse [heads, all tokens]"
+            f"grad {tuple(grad.shape)}, out {tuple(out.shape)} and lse {tuple(lse.shape)} do not "
+            f"fit; expected grad and a contiguous out like q {tuple(q.shape)}, {q.dtype}, and lse "
+            "[heads, all tokens]"
         )
 
 
@@ -418,13 +421,13 @@ def _call(
 
 def _strides(x: Tensor) -> tuple[int, ...]:
     """Give the strides of batch, token, head and channel, 0 where one is never stepped over."""
-    strides = tuple(s if n > 1 else 0 for n, s in zip(x.shape, x.stride(), strict=True))
-    return strides if x.ndim == 4 else (0, *strides)
+    strides = [0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True)]
+    return tuple(strides) if x.ndim == 4 else (0, *strides)
 
 
 def _tiles(samples: int, rows: int, total: int, block: int, packed: bool) -> int:
     """Count the tiles of the samples' rows, as `where_to_work` numbers them."""
-    return total // block + samples if packed else samples * int(triton.cdiv(rows, block))
+    return total // block + samples if packed else samples * -(-rows // block)
 
 
 def _start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -602,7 +605,7 @@ def _launch_backward(
 
 def _parts(shape: _Shape, tiles: int, block: int, processors: int) -> int:
     """Count the parts of the key gradient's loop that fill the GPU where there are few keys."""
-    steps = int(triton.cdiv(shape.TOTAL // max(1, shape.SAMPLES), block)) * shape.H // shape.H_KV
+    steps = shape.TOTAL // max(1, shape.SAMPLES) // block * (shape.H // shape.H_KV)
     wanted = processors // max(1, tiles * shape.H_KV)
     return max(1, min(wanted, steps // _LEAST_STEPS, _MOST_PARTS))
 
