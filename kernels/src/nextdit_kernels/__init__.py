@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nextdit_kernels.backend import TRITON
     from nextdit_kernels.glu import swiglu
+    from nextdit_kernels.qk_norm import norm_rotate
     from nextdit_kernels.rotary import rotate
 
 __version__ = version("nextdit-kernels")
 
-__all__ = ["TRITON", "__version__", "rotate", "swiglu"]
+__all__ = ["TRITON", "__version__", "norm_rotate", "rotate", "swiglu"]
 
 _MODULES = {
     "TRITON": "nextdit_kernels.backend",
+    "norm_rotate": "nextdit_kernels.qk_norm",
     "rotate": "nextdit_kernels.rotary",
     "swiglu": "nextdit_kernels.glu",
 }

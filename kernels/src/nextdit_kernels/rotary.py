@@ -22,7 +22,7 @@ from torch.autograd.function import FunctionCtx
 
 from nextdit_kernels import operators, served
 
-__all__ = ["MAX_HEAD_DIM", "rotate", "rotate_qk_kernel", "why_not"]
+__all__ = ["MAX_HEAD_DIM", "check", "rotate", "rotate_qk_kernel", "strides", "why_not"]
 
 #: The widest head that one tile holds.
 MAX_HEAD_DIM = 256
@@ -207,7 +207,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return _rotate_qk(q, k, cos, sin, False)
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Refuse whatever would make the kernel read outside its tensors or misread them."""
     tables = (cos, sin)
     if any(table.dtype != torch.float32 or table.device != q.device for table in tables):
@@ -228,7 +228,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
 
 
-def _strides(x: Tensor, ndim: int) -> tuple[int, ...]:
+def strides(x: Tensor, ndim: int) -> tuple[int, ...]:
     """Give the strides with a batch dimension in front, 0 where one sample serves them all."""
     if x.ndim < ndim or x.shape[0] == 1:
         return (0, *x.stride()[x.ndim - ndim + 1 :])
@@ -239,7 +239,7 @@ def _launch(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, conjugate: bool
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
-    _check(q, k, cos, sin)
+    check(q, k, cos, sin)
     reason = why_not(q, k)
     if reason is not None:
         raise ValueError(f"the Triton kernel cannot rotate these tensors: {reason}")
@@ -255,8 +255,8 @@ def _launch(
     )
     if 0 in grid or width == 0:
         return q_out, k_out
-    s_q, s_k = _strides(q, 4), _strides(k, 4)
-    s_cos, s_sin = _strides(cos, 3), _strides(sin, 3)
+    s_q, s_k = strides(q, 4), strides(k, 4)
+    s_cos, s_sin = strides(cos, 3), strides(sin, 3)
     arguments: tuple[Any, ...] = (q, k, q_out, k_out, cos, sin, tokens, heads, kv_heads)
     constants: dict[str, Any] = {
         "D": width,
@@ -281,7 +281,7 @@ def _outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, conjugate: bool) -> tuple[Tensor, Tensor]:
     """Check as the launch does, and give the outputs without numbers."""
-    _check(q, k, cos, sin)
+    check(q, k, cos, sin)
     return _outputs(q, k)
 
 
