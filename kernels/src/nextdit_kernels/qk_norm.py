@@ -869,24 +869,23 @@ def _launch_backward(
     over: str,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    outputs = _fake_backward(
-        grad_q, grad_k, q, k, q_stats, k_stats, cos, sin, q_weight, k_weight, norm, over, wanted
-    )
+    _check_backward(grad_q, grad_k, q, k, cos, sin, q_weight, k_weight, norm, over)
     reason = why_not(q, k, over=over) or why_not(grad_q, grad_k, over=over)
     if reason is not None:
         raise ValueError(f"the Triton kernel cannot take these tensors: {reason}")
+    outputs = _outputs(q, k)
     q_programs, k_programs, sizes, constants = _plan(q, k, over, _AT_ONCE[over][1])
     sums = [
-        q.new_empty((programs, x.shape[0]), dtype=torch.float32) if asked else None
-        for programs, x, asked in zip(
-            (q_programs, q_programs, k_programs, k_programs), outputs[2:], wanted, strict=True
+        _sums(x, programs, _width(x, over)) if asked else None
+        for x, programs, asked in zip(
+            (q, q, k, k), (q_programs, q_programs, k_programs, k_programs), wanted, strict=True
         )
     ]
     if q_programs + k_programs:
         s_x = tuple(rotary.strides(x, 4) for x in (grad_q, grad_k, q, k))
         s_tables = rotary.strides(cos, 3), rotary.strides(sin, 3)
         constants |= _hints(s_x, s_tables, q.shape[-1], q.itemsize) | {"CENTER": norm == "layer"}
-        inputs = (grad_q, grad_k, q, k, *outputs[:2], q_stats, k_stats)
+        inputs = (grad_q, grad_k, q, k, *outputs, q_stats, k_stats)
         weights = (_contiguous(q_weight), _contiguous(k_weight))
         arguments: tuple[Any, ...] = (*inputs, *weights, *sums, cos, sin, q_programs, *sizes)
         numbers = [number for stride in (*s_x, *s_tables) for number in stride]
@@ -894,11 +893,32 @@ def _launch_backward(
             norm_rotate_backward_kernel[(q_programs + k_programs,)](
                 *arguments, *numbers, **constants
             )
-    gradients = (
-        unasked if sum_ is None else sum_.sum(0)
-        for sum_, unasked in zip(sums, outputs[2:], strict=True)
-    )
-    return (*outputs[:2], *gradients)
+    return (*outputs, *(_sums(q, 0) if each is None else each.sum(0) for each in sums))
+
+
+def _sums(x: Tensor, *shape: int) -> Tensor:
+    """Make room for sums in float32."""
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def _check_backward(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    norm: str,
+    over: str,
+) -> None:
+    _check(q, k, cos, sin, norm, over, {"q_weight": q_weight}, {"k_weight": k_weight})
+    if grad_q.shape != q.shape or grad_k.shape != k.shape:
+        raise ValueError(
+            f"grad_q {tuple(grad_q.shape)} and grad_k {tuple(grad_k.shape)} do not fit q "
+            f"{tuple(q.shape)} and k {tuple(k.shape)}; expected the same shapes"
+        )
 
 
 def _fake_backward(
@@ -917,18 +937,11 @@ def _fake_backward(
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     """Check as the launch does, and give gradients without numbers, empty where nobody asked."""
-    _check(q, k, cos, sin, norm, over, {"q_weight": q_weight}, {"k_weight": k_weight})
-    if grad_q.shape != q.shape or grad_k.shape != k.shape:
-        raise ValueError(
-            f"grad_q {tuple(grad_q.shape)} and grad_k {tuple(grad_k.shape)} do not fit q "
-            f"{tuple(q.shape)} and k {tuple(k.shape)}; expected the same shapes"
-        )
-    widths = (_width(q, over), _width(q, over), _width(k, over), _width(k, over))
-    sums = (
-        q.new_empty(width if asked else 0, dtype=torch.float32)
-        for width, asked in zip(widths, wanted, strict=True)
+    _check_backward(grad_q, grad_k, q, k, cos, sin, q_weight, k_weight, norm, over)
+    widths = (
+        _width(x, over) if asked else 0 for x, asked in zip((q, q, k, k), wanted, strict=True)
     )
-    return (*_outputs(q, k), *sums)
+    return (*_outputs(q, k), *(_sums(q, width) for width in widths))
 
 
 class _Context(FunctionCtx):
