@@ -30,8 +30,15 @@ __all__ = ["norm_rotate", "norm_rotate_backward_kernel", "norm_rotate_kernel", "
 # most, rounded up to a power of two.
 _TILE, _THREAD, _WIDE = 2048, 16, 8192
 
-# Warps that the registers of a multiprocessor let run at once, forward and backward.
-_AT_ONCE = {"hidden": (16, 12), "head": (32, 20)}
+# Registers of a thread, forward and backward, for 16-bit tensors. Left to itself the compiler aims
+# at fewer on some architectures, and spills. A multiprocessor has as many as 2048 warps would use.
+_REGISTERS = {
+    ("layer", "hidden"): (128, 168),
+    ("rms", "hidden"): (128, 128),
+    ("layer", "head"): (80, 128),
+    ("rms", "head"): (80, 128),
+}
+_FORWARD, _BACKWARD = 0, 1
 
 
 @triton.jit
@@ -741,26 +748,28 @@ def _tiles(width: int) -> tuple[int, int]:
 
 @cache
 def _processors(device: torch.device) -> int:
-    """Count the multiprocessors; on the CPU a few, so that programs and steps are several."""
+    """Count the multiprocessors; on the CPU two, so that programs and their steps are several."""
     if device.type != "cuda":
-        return 1
+        return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _plan(
-    q: Tensor, k: Tensor, over: str, warps_at_once: int
-) -> tuple[int, int, tuple[int, ...], dict[str, Any]]:
-    """Share the groups out among programs.
+    q: Tensor, k: Tensor, norm: str, over: str, direction: int
+) -> tuple[int, int, tuple[int, int], dict[str, Any]]:
+    """Share the groups out among as many programs as the device runs at once.
 
     Returns:
-        The programs of q and those of k; batch and tokens; the kernel's constants.
+        The programs of q and those of k; batch and tokens; the kernel's constants and options.
     """
     batch = q.shape[0] if q.ndim == 4 else 1
     tokens, width = q.shape[-3], q.shape[-1]
     tiles = {"Q": _tiles(_width(q, over)), "K": _tiles(_width(k, over))}
     block = max(_TILE, tiles["Q"][0], tiles["K"][0])
     warps = block // (32 * _THREAD)
-    constants: dict[str, Any] = {"D": width, "num_warps": warps}
+    registers = _REGISTERS[norm, over][direction] * q.itemsize // 2
+    registers = min(registers, 2048 // warps, 255)
+    constants: dict[str, Any] = {"CENTER": norm == "layer", "D": width}
     steps = []
     for name, x in {"Q": q, "K": k}.items():
         main, rest = tiles[name]
@@ -772,10 +781,11 @@ def _plan(
         constants[f"{name}_REST"] = rest
         blocks = -(-tokens * groups // (block // main))
         steps.append(batch * blocks if x.shape[-2] and width else 0)
-    programs = min(sum(steps), _processors(q.device) * max(2, warps_at_once // warps))
+    programs = min(sum(steps), _processors(q.device) * max(1, 2048 // registers // warps))
     q_programs = round(programs * steps[0] / max(1, sum(steps)))
     q_programs = min(max(q_programs, min(1, steps[0])), programs - min(1, steps[1]))
-    return q_programs, programs - q_programs, (batch, tokens), constants
+    options = {"num_warps": warps, "maxnreg": registers}
+    return q_programs, programs - q_programs, (batch, tokens), constants | options
 
 
 def _hints(
@@ -809,12 +819,12 @@ def _launch(
     reason = why_not(q, k, over=over)
     if reason is not None:
         raise ValueError(f"the Triton kernel cannot take these tensors: {reason}")
-    q_programs, k_programs, sizes, constants = _plan(q, k, over, _AT_ONCE[over][0])
+    q_programs, k_programs, sizes, constants = _plan(q, k, norm, over, _FORWARD)
     if q_programs + k_programs == 0:
         return outputs
     s_x = rotary.strides(q, 4), rotary.strides(k, 4)
     s_tables = rotary.strides(cos, 3), rotary.strides(sin, 3)
-    constants |= _hints(s_x, s_tables, q.shape[-1], q.itemsize) | {"CENTER": norm == "layer"}
+    constants |= _hints(s_x, s_tables, q.shape[-1], q.itemsize)
     parameters = [_contiguous(x) for x in (q_weight, q_bias, k_weight, k_bias)]
     arguments: tuple[Any, ...] = (q, k, *outputs, *parameters, cos, sin, eps, q_programs, *sizes)
     numbers = [number for stride in (*s_x, *s_tables) for number in stride]
@@ -874,7 +884,7 @@ def _launch_backward(
     if reason is not None:
         raise ValueError(f"the Triton kernel cannot take these tensors: {reason}")
     outputs = _outputs(q, k)
-    q_programs, k_programs, sizes, constants = _plan(q, k, over, _AT_ONCE[over][1])
+    q_programs, k_programs, sizes, constants = _plan(q, k, norm, over, _BACKWARD)
     sums = [
         _sums(x, programs, _width(x, over)) if asked else None
         for x, programs, asked in zip(
@@ -884,7 +894,7 @@ def _launch_backward(
     if q_programs + k_programs:
         s_x = tuple(rotary.strides(x, 4) for x in (grad_q, grad_k, q, k))
         s_tables = rotary.strides(cos, 3), rotary.strides(sin, 3)
-        constants |= _hints(s_x, s_tables, q.shape[-1], q.itemsize) | {"CENTER": norm == "layer"}
+        constants |= _hints(s_x, s_tables, q.shape[-1], q.itemsize)
         inputs = (grad_q, grad_k, q, k, *outputs, q_stats, k_stats)
         weights = (_contiguous(q_weight), _contiguous(k_weight))
         arguments: tuple[Any, ...] = (*inputs, *weights, *sums, cos, sin, q_programs, *sizes)
