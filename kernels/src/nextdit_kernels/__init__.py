@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nextdit_kernels.backend import TRITON
     from nextdit_kernels.block import BLOCK
     from nextdit_kernels.glu import swiglu
+    from nextdit_kernels.qk_norm import norm_rotate
     from nextdit_kernels.rotary import rotate, rotate_
     from nextdit_kernels.sandwich import gate_residual, norm_modulate
     from nextdit_kernels.softmax_attention import attention, gated_cross_attention
@@ -27,6 +28,7 @@ __all__ = [
     "gate_residual",
     "gated_cross_attention",
     "norm_modulate",
+    "norm_rotate",
     "rotate",
     "rotate_",
     "swiglu",
@@ -40,6 +42,7 @@ _MODULES = {
     "gate_residual": "nextdit_kernels.sandwich",
     "gated_cross_attention": "nextdit_kernels.softmax_attention",
     "norm_modulate": "nextdit_kernels.sandwich",
+    "norm_rotate": "nextdit_kernels.qk_norm",
     "rotate": "nextdit_kernels.rotary",
     "rotate_": "nextdit_kernels.rotary",
     "swiglu": "nextdit_kernels.glu",

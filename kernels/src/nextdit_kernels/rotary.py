@@ -22,7 +22,15 @@ from torch.autograd.function import FunctionCtx
 
 from nextdit_kernels import operators, served
 
-__all__ = ["MAX_HEAD_DIM", "rotate", "rotate_", "rotate_qk_kernel", "why_not"]
+__all__ = [
+    "MAX_HEAD_DIM",
+    "check",
+    "rotate",
+    "rotate_",
+    "rotate_qk_kernel",
+    "strides",
+    "why_not",
+]
 
 #: The widest head that one tile holds.
 MAX_HEAD_DIM = 256
@@ -232,11 +240,11 @@ def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     >>> q.tolist()
     [[[0.0, 1.0]]]
     """
-    _check(q, k, cos, sin)
+    check(q, k, cos, sin)
     _run(q, k, q, k, cos, sin, conjugate=False, in_place=True)
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """Refuse whatever would make the kernel read outside its tensors or misread them."""
     tables = (cos, sin)
     if any(table.dtype != torch.float32 or table.device != q.device for table in tables):
@@ -257,7 +265,7 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
 
 
-def _strides(x: Tensor, ndim: int) -> tuple[int, ...]:
+def strides(x: Tensor, ndim: int) -> tuple[int, ...]:
     """Give the strides with a batch dimension in front, 0 where one sample serves them all."""
     if x.ndim < ndim or x.shape[0] == 1:
         return (0, *x.stride()[x.ndim - ndim + 1 :])
@@ -268,7 +276,7 @@ def _launch(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, conjugate: bool
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
-    _check(q, k, cos, sin)
+    check(q, k, cos, sin)
     q_out, k_out = _outputs(q, k)
     _run(q, k, q_out, k_out, cos, sin, conjugate=conjugate)
     return q_out, k_out
@@ -299,8 +307,8 @@ def _run(
     )
     if 0 in grid or width == 0:
         return
-    s_q, s_k = _strides(q, 4), _strides(k, 4)
-    s_cos, s_sin = _strides(cos, 3), _strides(sin, 3)
+    s_q, s_k = strides(q, 4), strides(k, 4)
+    s_cos, s_sin = strides(cos, 3), strides(sin, 3)
     arguments: tuple[Any, ...] = (q, k, q_out, k_out, cos, sin, tokens, heads, kv_heads)
     constants: dict[str, Any] = {
         "D": width,
@@ -325,7 +333,7 @@ def _outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, conjugate: bool) -> tuple[Tensor, Tensor]:
     """Check as the launch does, and give the outputs without numbers."""
-    _check(q, k, cos, sin)
+    check(q, k, cos, sin)
     return _outputs(q, k)
 
 
