@@ -63,7 +63,7 @@ _REGISTERS = {
     ("layer", "hidden"): (128, 168),
     ("rms", "hidden"): (128, 128),
     ("layer", "head"): (80, 128),
-    ("rms", "head"): (80, 128),
+    ("rms", "head"): (64, 128),
 }
 _FORWARD, _BACKWARD = 0, 1
 
