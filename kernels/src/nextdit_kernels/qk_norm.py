@@ -57,8 +57,8 @@ _TILE, _THREAD, _WIDE = 2048, 16, 8192
 
 # Registers of a thread, forward and backward, for 16-bit tensors. Left to itself the compiler aims
 # at fewer on some architectures, and spills. A multiprocessor has 2048 for each of the 32 threads
-# of a warp, so 2048 / registers warps run at once. Backward, 5120 channels (40 heads of 128) spill
-# 24 bytes of 128 registers on compute capability 10.0; more would halve the programs.
+# of a warp, so 2048 / registers warps run at once. On compute capability 10.0 the backward pass
+# over 1152, 5120 or 8192 channels still spills 16 to 32 bytes; more registers would cost programs.
 _REGISTERS = {
     ("layer", "hidden"): (128, 168),
     ("rms", "hidden"): (128, 128),
