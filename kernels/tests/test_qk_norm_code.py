@@ -22,8 +22,8 @@ REGISTERS = {  # of a thread at most: forward, backward
     "lumina-next": (128, 168),
     "lumina-next-fp32": (168, 232),
     "hidden-3072": (128, 168),
-    "flux": (80, 128),
-    "lumina-2": (80, 128),
+    "flux": (64, 128),
+    "lumina-2": (64, 128),
     "heads-of-64": (80, 128),
     "heads-of-72": (80, 128),
 }

@@ -57,13 +57,13 @@ _TILE, _THREAD, _WIDE = 2048, 16, 8192
 
 # Registers of a thread, forward and backward, for 16-bit tensors. Left to itself the compiler aims
 # at fewer on some architectures, and spills. A multiprocessor has 2048 for each of the 32 threads
-# of a warp, so 2048 / registers warps run at once. Backward, 5120 channels (40 heads of 128) spill
-# 24 bytes of 128 registers on compute capability 10.0; more would halve the programs.
+# of a warp, so 2048 / registers warps run at once. On compute capability 10.0 the backward pass
+# over 1152, 5120 or 8192 channels still spills 16 to 32 bytes; more registers would cost programs.
 _REGISTERS = {
     ("layer", "hidden"): (128, 168),
     ("rms", "hidden"): (128, 128),
     ("layer", "head"): (80, 128),
-    ("rms", "head"): (80, 128),
+    ("rms", "head"): (64, 128),
 }
 _FORWARD, _BACKWARD = 0, 1
 
@@ -239,7 +239,7 @@ def _store(
 
 
 @triton.jit
-def _forward(
+def _forward_groups(
     x_ptr: tl.tensor,
     y_ptr: tl.tensor,
     stats_ptr: tl.tensor,
@@ -376,13 +376,13 @@ def norm_rotate_kernel(
     s_cos, s_sin = (cos_sb, cos_st, cos_sp), (sin_sb, sin_st, sin_sp)
     # fmt: off
     if i_p < P_Q:
-        _forward(
+        _forward_groups(
             q_ptr, q_out_ptr, q_stats_ptr, q_weight_ptr, q_bias_ptr, cos_ptr, sin_ptr,
             (q_sb, q_st, q_sh, q_sd), s_cos, s_sin, i_p, P_Q, B, T, eps, CENTER,
             D, Q_GROUPS, Q_WIDTH, VECTOR, TABLE_VECTOR, Q_BLOCK, Q_MAIN, Q_REST,
         )
     else:
-        _forward(
+        _forward_groups(
             k_ptr, k_out_ptr, k_stats_ptr, k_weight_ptr, k_bias_ptr, cos_ptr, sin_ptr,
             (k_sb, k_st, k_sh, k_sd), s_cos, s_sin, i_p - P_Q, tl.num_programs(0) - P_Q, B, T, eps,
             CENTER, D, K_GROUPS, K_WIDTH, VECTOR, TABLE_VECTOR, K_BLOCK, K_MAIN, K_REST,
@@ -468,7 +468,7 @@ def _backward_groups(
     MAIN: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """Write dx and this program's sums of dw and db.
+    """Write dx of the groups of one tensor that program i_p has to walk, and its sums of dw and db.
 
     With n the normalised x and g = w times dy turned back, each mean over a group:
     dx = (g - n mean(g n) - mean(g)) / deviation, the last mean of LayerNorm alone.
@@ -735,7 +735,7 @@ def _check(
     q_parameters: dict[str, Tensor | None],
     k_parameters: dict[str, Tensor | None],
 ) -> None:
-    """Refuse whatever would make the kernels read outside their tensors or misread them."""
+    """Refuse whatever would make a kernel read outside its tensors or misread them."""
     if norm not in ("layer", "rms") or over not in ("hidden", "head"):
         raise ValueError(
             f"norm is {norm!r} and over {over!r}; expected norm 'layer' or 'rms', and over "
@@ -818,6 +818,7 @@ def _plan(
 def _hints(
     x: tuple[tuple[int, ...], ...], tables: tuple[tuple[int, ...], ...], width: int, itemsize: int
 ) -> dict[str, int]:
+    """Count the neighbours that one load may take, by the strides of tensors and of tables."""
     return {
         "VECTOR": served.aligned(width, itemsize, *x),
         "TABLE_VECTOR": served.aligned(width // 2, 4, *tables),
@@ -1001,9 +1002,9 @@ def _backward(
     ctx: _Context, grad_q: Tensor | None, grad_k: Tensor | None, *_: object
 ) -> tuple[Tensor | None, ...]:
     q, k, *kept = ctx.saved_tensors
-    # The gradient of an output that nobody used: a number for all, which is read and not stored.
-    grad_q = q.new_zeros(()).expand(q.shape) if grad_q is None else grad_q
-    grad_k = k.new_zeros(()).expand(k.shape) if grad_k is None else grad_k
+    # Written out where nobody used an output: one number for all would slow the loads of the rest.
+    grad_q = torch.zeros_like(q) if grad_q is None else grad_q
+    grad_k = torch.zeros_like(k) if grad_k is None else grad_k
     wanted = list(ctx.needs_input_grad[4:8])
     grads = _norm_rotate_backward(grad_q, grad_k, q, k, *kept, *ctx.words, wanted)
     parameters = (
