@@ -55,7 +55,7 @@ def test_backbone_equals_its_pytorch_form(backbone, monkeypatch, lengths) -> Non
     expected = velocity_and_gradients(backbone, lengths)
     monkeypatch.setenv("NEXTDIT_KERNELS", "triton")
     calls = []
-    for operation in ("swiglu", "norm_modulate", "gate_residual"):
+    for operation in ("swiglu", "norm_modulate", "gate_residual", "norm_rotate"):
         method = getattr(type(BLOCK), operation)
 
         def counted(*arguments, operation=operation, method=method, **numbers):
@@ -64,11 +64,23 @@ def test_backbone_equals_its_pytorch_form(backbone, monkeypatch, lengths) -> Non
 
         monkeypatch.setattr(type(BLOCK), operation, counted)
     ours = velocity_and_gradients(backbone, lengths)
-    assert len(calls) == 2 * 5 + 1
+    assert len(calls) == 2 * 6 + 1
     assert len(ours) == len(expected)
     for mine, theirs in zip(ours, expected, strict=True):
         atol = 1e-5 * max(1.0, theirs.abs().max().item())
         torch.testing.assert_close(mine, theirs, atol=atol, rtol=0)
+
+
+def test_rotations_that_the_kernel_does_not_know_are_refused() -> None:
+    rope3d = pytest.importorskip("rope3d", reason="rope3d is not installed; it is not required")
+    q = torch.zeros(1, 5, 2, 8, device=DEVICE)
+    positions = torch.zeros(5, 1, device=DEVICE)
+    served = rope3d.axial((8,)).rotation(positions)
+    assert BLOCK.why_not_norm_rotate(q, q, served) is None
+    for rope in (rope3d.axial((8,), pairing="half"), rope3d.axial((4,)).partial(8)):
+        assert "all adjacent pairs" in BLOCK.why_not_norm_rotate(q, q, rope.rotation(positions))
+    learned = rope3d.LearnedRope(rope3d.axial((8,))).to(DEVICE).rotation(positions)
+    assert "requires a gradient" in BLOCK.why_not_norm_rotate(q, q, learned)
 
 
 def test_backbone_compiles_with_them(backbone, monkeypatch) -> None:

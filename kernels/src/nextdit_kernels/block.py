@@ -6,12 +6,28 @@ For each operation a method of its name, and one that says why it cannot serve s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
-from nextdit_kernels import glu, sandwich
+from nextdit_kernels import glu, qk_norm, sandwich
 
 __all__ = ["BLOCK", "TritonBlock"]
+
+
+class _Rotation(Protocol):
+    """What is read of a `rope3d.Rotation`; rope3d itself is not imported."""
+
+    @property
+    def cos(self) -> Tensor: ...
+    @property
+    def sin(self) -> Tensor: ...
+    @property
+    def pairing(self) -> str: ...
+    @property
+    def untouched(self) -> int: ...
+    @property
+    def per_head(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,31 @@ class TritonBlock:
     ) -> Tensor:
         """Normalise rows of y, gate them and add them to x."""
         return sandwich.gate_residual(x, y, weight, gate, eps=eps)
+
+    def why_not_norm_rotate(self, q: Tensor, k: Tensor, rotation: _Rotation) -> str | None:
+        """Say why `norm_rotate` cannot serve these tensors, or None if it can."""
+        if rotation.pairing != "interleaved" or rotation.untouched or rotation.per_head:
+            return "the kernel turns all adjacent pairs of a head, by the angles of all heads"
+        if rotation.cos.requires_grad or rotation.sin.requires_grad:
+            return "cos or sin requires a gradient, which the kernel does not compute"
+        return qk_norm.why_not(q, k)
+
+    def norm_rotate(
+        self, q: Tensor, k: Tensor, rotation: _Rotation, *norms: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Normalise queries and keys over all channels of a token, and rotate them."""
+        q_weight, q_bias, k_weight, k_bias = norms
+        return qk_norm.norm_rotate(
+            q,
+            k,
+            rotation.cos,
+            rotation.sin,
+            q_weight=q_weight,
+            q_bias=q_bias,
+            k_weight=k_weight,
+            k_bias=k_bias,
+            eps=eps,
+        )
 
 
 BLOCK = TritonBlock()

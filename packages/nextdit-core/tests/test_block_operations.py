@@ -37,6 +37,10 @@ class Toy(TorchBlock):
         self.calls.append("gate_residual")
         return super().gate_residual(*tensors, **numbers)
 
+    def norm_rotate(self, *tensors, **numbers):
+        self.calls.append("norm_rotate")
+        return super().norm_rotate(*tensors, **numbers)
+
 
 TOY = Toy()
 """
@@ -96,7 +100,8 @@ def test_the_whole_backbone_goes_through_the_named_kernels(
     assert toy == []
     monkeypatch.setenv("NEXTDIT_KERNELS", "toy")
     assert torch.equal(_velocity(), expected)
-    layer = ["norm_modulate", "gate_residual", "norm_modulate", "swiglu", "gate_residual"]
+    attention = ["norm_modulate", "norm_rotate", "gate_residual"]
+    layer = [*attention, "norm_modulate", "swiglu", "gate_residual"]
     assert toy == [*layer, *layer, "norm_modulate"]
 
 

@@ -445,6 +445,19 @@ def test_one_dtype_and_one_device() -> None:
         rope3d.attention(q, q.half(), q)
 
 
+def test_under_autocast_all_are_cast_as_pytorch_has_it(draw) -> None:
+    q, k, v = draw(1, 5, 4, 16), draw(1, 5, 2, 16), draw(1, 5, 2, 16).bfloat16()
+    text = rope3d.GatedText(draw(1, 3, 2, 16), draw(1, 3, 2, 16), draw(4))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = rope3d.attention(q, k, v, text=text)
+        plain = torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.float().transpose(1, 2), enable_gqa=True
+        )
+    assert out.dtype == plain.dtype == torch.bfloat16
+    alone = rope3d.attention(q.bfloat16(), k.bfloat16(), v)
+    torch.testing.assert_close(alone, plain.transpose(1, 2))
+
+
 def test_compiles_whole_with_text_and_scale_per_sample(draw) -> None:
     q, k, v = draw(7, 4, 16), draw(7, 2, 16), draw(7, 2, 16)
     text = (draw(2, 5, 2, 16), draw(2, 5, 2, 16), draw(4))

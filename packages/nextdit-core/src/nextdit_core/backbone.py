@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import rope3d
-from nextdit_core.block_operations import gate_residual, norm_modulate, swiglu
+from nextdit_core.block_operations import gate_residual, norm_modulate, norm_rotate, swiglu
 from nextdit_core.conditioning import Conditioning
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.tokens import Tokens
@@ -128,10 +128,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend within each sample; see `NextDiT.forward` for the two layouts of `x`."""
         batch, tokens, _ = x.shape
-        q = self.q_norm(self.wq(x)).view(batch, tokens, self.heads, self.head_dim)
-        k = self.k_norm(self.wk(x)).view(batch, tokens, self.kv_heads, self.head_dim)
+        q = self.wq(x).view(batch, tokens, self.heads, self.head_dim)
+        k = self.wk(x).view(batch, tokens, self.kv_heads, self.head_dim)
         v = self.wv(x).view(batch, tokens, self.kv_heads, self.head_dim)
-        q, k = rope3d.rotate(q, k, rotation)
+        q, k = self._norm_rotate(q, k, rotation)
         second = None
         if text is not None:
             keys, values, mask = text
@@ -142,6 +142,16 @@ class Attention(nn.Module):
             q, k, v, lengths=lengths, scale=scale, trained_tokens=trained_tokens, text=second
         )
         return self.wo(out.reshape(batch, tokens, -1))
+
+    def _norm_rotate(
+        self, q: Tensor, k: Tensor, rotation: rope3d.Rotation
+    ) -> tuple[Tensor, Tensor]:
+        """Normalise over all heads of a token where the configuration says so, and rotate."""
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if not (isinstance(q_norm, nn.LayerNorm) and isinstance(k_norm, nn.LayerNorm)):
+            return rope3d.rotate(q, k, rotation)
+        norms = (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias)
+        return norm_rotate(q, k, rotation, *norms, eps=q_norm.eps)
 
 
 class FeedForward(nn.Module):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import warnings
 from functools import cache
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from nextdit_core import registry
 from nextdit_core.errors import UserError
+from rope3d import Rotation, rotate
 
 __all__ = [
     "GROUP",
@@ -28,6 +29,7 @@ __all__ = [
     "explain",
     "gate_residual",
     "norm_modulate",
+    "norm_rotate",
     "refresh",
     "swiglu",
 ]
@@ -39,7 +41,7 @@ GROUP = "nextdit.kernels"
 VARIABLE = "NEXTDIT_KERNELS"
 
 #: What kernels offer: each a method, and a method `why_not_` with its tensors and no numbers.
-OPERATIONS = ("swiglu", "norm_modulate", "gate_residual")
+OPERATIONS = ("swiglu", "norm_modulate", "gate_residual", "norm_rotate")
 
 
 class BlockKernels(Protocol):
@@ -85,6 +87,16 @@ class BlockKernels(Protocol):
         """Compute what `nextdit_core.block_operations.gate_residual` documents."""
         ...
 
+    def why_not_norm_rotate(self, q: Tensor, k: Tensor, rotation: Rotation) -> str | None:
+        """Say why `norm_rotate` cannot serve these tensors, or None if it can."""
+        ...
+
+    def norm_rotate(
+        self, q: Tensor, k: Tensor, rotation: Rotation, *norms: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Compute what `nextdit_core.block_operations.norm_rotate` documents."""
+        ...
+
 
 class TorchBlock:
     """The PyTorch form: serves all tensors, and says what each operation is."""
@@ -115,6 +127,21 @@ class TorchBlock:
         self, x: Tensor, y: Tensor, weight: Tensor, gate: Tensor, *, eps: float
     ) -> Tensor:
         return x + torch.tanh(gate) * functional.rms_norm(y, y.shape[-1:], weight, eps)
+
+    def why_not_norm_rotate(self, q: Tensor, k: Tensor, rotation: Rotation) -> None:
+        pass
+
+    def norm_rotate(
+        self, q: Tensor, k: Tensor, rotation: Rotation, *norms: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        q_weight, q_bias, k_weight, k_bias = norms
+        q, k = _normed(q, q_weight, q_bias, eps), _normed(k, k_weight, k_bias, eps)
+        return rotate(q, k, rotation)
+
+
+def _normed(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    rows = x.flatten(-2)
+    return functional.layer_norm(rows, rows.shape[-1:], weight, bias, eps).view(x.shape)
 
 
 TORCH = TorchBlock()
@@ -192,7 +219,47 @@ def gate_residual(x: Tensor, y: Tensor, weight: Tensor, gate: Tensor, *, eps: fl
     return kernels.gate_residual(x, y, weight, gate, eps=eps)
 
 
-def choose(operation: str, x: Tensor, *others: Tensor | None) -> BlockKernels:
+def norm_rotate(
+    q: Tensor,
+    k: Tensor,
+    rotation: Rotation,
+    q_weight: Tensor,
+    q_bias: Tensor,
+    k_weight: Tensor,
+    k_bias: Tensor,
+    *,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Normalise queries and keys over all channels of a token, and rotate them.
+
+    Args:
+        q: `[batch, tokens, heads, head_dim]`.
+        k: As `q`, with its own number of heads.
+        rotation: As `rope3d.rotate` takes it.
+        q_weight: `[heads * head_dim]`, of the LayerNorm; so are the others.
+        q_bias: Added after it.
+        k_weight: `[kv_heads * head_dim]`.
+        k_bias: Added after it.
+        eps: Added to the variance.
+
+    Returns:
+        The rotated `(q, k)`.
+
+    Source: Lumina-Next (arXiv 2406.18583) §2; Alpha-VLLM/Lumina-T2X, `Attention.forward`.
+
+    >>> still = Rotation(torch.ones(1, 1), torch.zeros(1, 1))
+    >>> x, one, zero = torch.tensor([[[[3.0, -3.0]]]]), torch.ones(2), torch.zeros(2)
+    >>> norm_rotate(x, x, still, one, zero, one, zero, eps=0.0)[0]
+    tensor([[[[ 1., -1.]]]])
+    """
+    kernels = choose("norm_rotate", q, k, rotation)
+    if kernels is not TORCH and torch.is_autocast_enabled(q.device.type):
+        # There PyTorch's norm gives float32.
+        q, k = q.float(), k.float()
+    return kernels.norm_rotate(q, k, rotation, q_weight, q_bias, k_weight, k_bias, eps=eps)
+
+
+def choose(operation: str, x: Tensor, *others: Tensor | Rotation | None) -> BlockKernels:
     """Pick who carries out an operation.
 
     The environment variable NEXTDIT_KERNELS decides, else the first installed kernels (by name)
@@ -202,7 +269,7 @@ def choose(operation: str, x: Tensor, *others: Tensor | None) -> BlockKernels:
     Args:
         operation: One of `OPERATIONS`.
         x: Its first tensor.
-        *others: Its other tensors, in order.
+        *others: Its other tensors, and the rotation, in order.
 
     Returns:
         The kernels, or the PyTorch form.
@@ -292,15 +359,18 @@ def explain(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str
     """
     rows = torch.empty(1, 2, 8, device=device, dtype=dtype)
     weight, modulation = rows[0, 0], rows[:, :1]
-    tensors = {
+    heads = rows.unflatten(-1, (2, 4))
+    turns = torch.empty(2, 2, device=device)
+    tensors: dict[str, tuple[Any, ...]] = {
         "swiglu": (rows, rows),
         "norm_modulate": (rows, weight, modulation),
         "gate_residual": (rows, rows, weight, modulation),
+        "norm_rotate": (heads, heads, Rotation(turns, turns)),
     }
     return {operation: _explain(operation, tensors[operation]) for operation in OPERATIONS}
 
 
-def _explain(operation: str, tensors: tuple[Tensor, ...]) -> str:
+def _explain(operation: str, tensors: tuple[Any, ...]) -> str:
     try:
         words = choose(operation, *tensors).name
         names = _candidates(tensors[0].device.type)

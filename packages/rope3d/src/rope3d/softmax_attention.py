@@ -100,6 +100,11 @@ def attention(
         if lengths is not None:
             raise ValueError("lengths and cu_seqlens say the same; give one of them")
         lengths = _lengths_of(cu_seqlens, q)
+    if torch.is_autocast_enabled(q.device.type):  # as PyTorch's own attention has it there
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if text is not None:
+            text = replace(text, keys=text.keys.to(dtype), values=text.values.to(dtype))
     case = case_of(q, k, v, lengths, key_lengths, key_mask, scale, trained_tokens)
     text_case = None if text is None else text_case_of(case, text)
     if rope is not None and positions is not None:
