@@ -97,6 +97,13 @@ def test_refusals_say_what_is_served(draw) -> None:
         rope3d.attention(q, q, q, lengths=(3, 4), text=text, backend="triton")
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU bfloat16 is right")
+def test_bfloat16_is_refused_in_the_interpreter(draw) -> None:
+    q = draw(7, 4, 24).bfloat16()
+    with pytest.raises(ValueError, match="interpreter multiplies bfloat16 wrongly"):
+        rope3d.attention(q, q, q, backend="triton")
+
+
 def test_compiles_without_graph_breaks(draw) -> None:
     q, k = draw(12, 4, 24), draw(12, 2, 24)
 

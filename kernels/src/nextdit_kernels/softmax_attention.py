@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from triton.runtime.jit import JITFunction
 
 from nextdit_kernels import attention_backward, attention_forward, operators, served
 from nextdit_kernels.attention_backward import (
@@ -61,6 +62,8 @@ def why_not(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     reason = served.why_not(attention_kernel, q=q, k=k, v=v)
     if reason is not None:
         return reason
+    if q.dtype == torch.bfloat16 and not isinstance(attention_kernel, JITFunction):
+        return "Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32 in it"
     if q.shape[-1] % 8 or not 0 < q.shape[-1] <= MAX_HEAD_DIM:
         return f"head_dim is {q.shape[-1]}; the kernel takes multiples of 8 up to {MAX_HEAD_DIM}"
     return None
