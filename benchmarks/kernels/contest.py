@@ -37,11 +37,17 @@ class Contest:
     operations: int = 0
     runs: dict[str, Run | str] = field(default_factory=dict)
 
-    def enter(self, name: str, build: Callable[[], Run]) -> None:
-        """Add a way to compute; one that is not installed, fails or is wrong says so."""
+    def enter(self, name: str, build: Callable[[], Run], exact: Any = None) -> None:
+        """Add a way to compute; one that is not installed, fails or is wrong says so.
+
+        Args:
+            name: As it stands in the table.
+            build: Gives what is timed.
+            exact: The result where it is not that of the others, as in another layout.
+        """
         try:
             run = build()
-            error = largest_error(run(), self.exact)
+            error = largest_error(run(), self.exact if exact is None else exact)
         except ImportError as absent:
             self.runs[name] = f"not installed ({absent.name or absent})"
         except Exception as failure:  # a competitor may refuse in its own way

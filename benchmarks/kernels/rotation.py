@@ -60,6 +60,8 @@ def contest(
     half = cos.to(q.dtype), sin.to(q.dtype)  # their kernels take tables in the dtype of x
     forward.enter("flash-attn rotary", lambda: flash(q, k, *half))
     forward.enter("fla rotary", lambda: fla(q, k, *half))
+    halves = [x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for x in (*exact, q, k)]
+    forward.enter("liger, half-split, in place", lambda: liger(*halves[2:], *half), halves[:2])
     yield forward
 
     leaves = [x.clone().requires_grad_() for x in (q, k)]
@@ -76,6 +78,18 @@ def flash(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     from flash_attn.layers.rotary import apply_rotary_emb
 
     return lambda: tuple(apply_rotary_emb(x, cos, sin, interleaved=True) for x in (q, k))
+
+
+def liger(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Run:
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    tables = [torch.cat((table, table), dim=-1)[None] for table in (cos, sin)]
+    heads = [x.transpose(1, 2) for x in (q, k)]
+
+    def run() -> tuple[torch.Tensor, ...]:
+        return tuple(x.transpose(1, 2) for x in LigerRopeFunction.apply(*heads, *tables))
+
+    return run
 
 
 def fla(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Run:
