@@ -6,12 +6,14 @@ A solver is a table of floats known before the first model call (`plan`), and on
 
 from importlib.metadata import version
 
+from flowsolvers.context import Context, contextual, evaluate, model_rows
 from flowsolvers.fitting import fit_schedule, fitted
-from flowsolvers.guidance import guided
+from flowsolvers.guidance import Guided, composed, guided, guided_batch
 from flowsolvers.layout import plan
 from flowsolvers.method import Method
 from flowsolvers.plan import Plan, Row, Step
 from flowsolvers.registry import method, solvers
+from flowsolvers.rules import APG, Momentum, Renorm, guidance_rule
 from flowsolvers.schedules import (
     Schedule,
     beta,
@@ -36,8 +38,13 @@ from flowsolvers.tableaus import Tableau
 from flowsolvers.velocity import Velocity
 
 __all__ = [
+    "APG",
+    "Context",
+    "Guided",
     "Method",
+    "Momentum",
     "Plan",
+    "Renorm",
     "Row",
     "Schedule",
     "Solution",
@@ -46,18 +53,24 @@ __all__ = [
     "Velocity",
     "__version__",
     "beta",
+    "composed",
+    "contextual",
     "cosine",
+    "evaluate",
     "fit_schedule",
     "fitted",
     "flux_shift",
     "from_times",
+    "guidance_rule",
     "guided",
+    "guided_batch",
     "karras",
     "linear_quadratic",
     "logistic",
     "lumina_rational",
     "lumina_sigmoid",
     "method",
+    "model_rows",
     "plan",
     "polyexponential",
     "schedule",
