@@ -7,10 +7,12 @@ A solver is a table of floats known before the first model call (`plan`), and on
 from importlib.metadata import version
 
 from flowsolvers.context import Context, contextual, evaluate, model_rows
+from flowsolvers.diffusion import diffusion, sample_sde
 from flowsolvers.fitting import fit_schedule, fitted
 from flowsolvers.guidance import Guided, composed, guided, guided_batch
 from flowsolvers.layout import plan
 from flowsolvers.method import Method
+from flowsolvers.paths import GVP, VP, Linear, Path
 from flowsolvers.plan import Plan, Row, Step
 from flowsolvers.registry import method, solvers
 from flowsolvers.rules import APG, Momentum, Renorm, guidance_rule
@@ -39,10 +41,14 @@ from flowsolvers.velocity import Velocity
 
 __all__ = [
     "APG",
+    "GVP",
+    "VP",
     "Context",
     "Guided",
+    "Linear",
     "Method",
     "Momentum",
+    "Path",
     "Plan",
     "Renorm",
     "Row",
@@ -56,6 +62,7 @@ __all__ = [
     "composed",
     "contextual",
     "cosine",
+    "diffusion",
     "evaluate",
     "fit_schedule",
     "fitted",
@@ -73,6 +80,7 @@ __all__ = [
     "model_rows",
     "plan",
     "polyexponential",
+    "sample_sde",
     "schedule",
     "sd3_shift",
     "shift",
