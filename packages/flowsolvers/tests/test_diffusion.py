@@ -73,7 +73,6 @@ def sliced_w2(a, b):
 @pytest.mark.parametrize("form", FORMS)
 def test_marginals_are_the_mixtures(form):
     velocity, draw = mixture()
-    ratios = []
     floor = ours = 0.0
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
@@ -81,8 +80,7 @@ def test_marginals_are_the_mixtures(form):
         x1 = fs.sample_sde(velocity, x0, nfe=250, form=form, generator=generator)
         a, b = draw(4096, generator), draw(4096, generator)
         ours, floor = ours + sliced_w2(x1, a), floor + sliced_w2(b, a)
-    ratios.append(ours / floor)
-    assert ours < 1.15 * floor, ratios
+    assert ours < 1.15 * floor
 
 
 @pytest.mark.parametrize("path", [fs.GVP(), fs.VP()], ids=str)

@@ -11,6 +11,7 @@ from flowsolvers.diffusion import diffusion, sample_sde
 from flowsolvers.fitting import fit_schedule, fitted
 from flowsolvers.guidance import Guided, composed, guided, guided_batch
 from flowsolvers.layout import plan
+from flowsolvers.likelihood import Likelihood, log_likelihood
 from flowsolvers.method import Method
 from flowsolvers.paths import GVP, VP, Linear, Path
 from flowsolvers.plan import Plan, Row, Step
@@ -45,6 +46,7 @@ __all__ = [
     "VP",
     "Context",
     "Guided",
+    "Likelihood",
     "Linear",
     "Method",
     "Momentum",
@@ -73,6 +75,7 @@ __all__ = [
     "guided_batch",
     "karras",
     "linear_quadratic",
+    "log_likelihood",
     "logistic",
     "lumina_rational",
     "lumina_sigmoid",
