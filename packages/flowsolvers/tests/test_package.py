@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[1]
 def test_public_names_are_these():
     assert fs.__all__ == [
         "APG",
-        "Context",
         "GVP",
+        "VP",
+        "Context",
         "Guided",
         "Likelihood",
         "Linear",
@@ -29,7 +30,6 @@ def test_public_names_are_these():
         "Solution",
         "Step",
         "Tableau",
-        "VP",
         "Velocity",
         "__version__",
         "beta",
