@@ -29,7 +29,7 @@ def test_a_fit_to_a_model_sees_its_trajectories():
 
 
 @pytest.mark.parametrize("nfe", [8, 16, 32])
-@pytest.mark.parametrize(("solver", "ratio"), [("euler", 0.97), ("midpoint", 0.85)])
+@pytest.mark.parametrize(("solver", "ratio"), [("euler", 0.97), ("midpoint", 0.79)])
 def test_a_fitted_grid_makes_the_error_smaller(mixture_flow, solver, ratio, nfe):
     velocity, noise = mixture_flow.velocity, mixture_flow.noise
     fit = fs.fit_schedule(velocity, noise[:16], nfe=60, order=fs.method(solver).order)
