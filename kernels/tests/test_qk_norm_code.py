@@ -32,6 +32,8 @@ CAPABILITIES = (80, 90, 100)
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 WIDTHS = {"U16": 2, "64": 8, "128": 16}  # bytes; 4 where the instruction says nothing
 
+COMPILED = [(n, d, c) for n in CASES for d in KERNELS for c in CAPABILITIES]
+
 
 def request_for(name, direction, capability):
     heads, kv_heads, width, norm, over, dtype = CASES[name]
@@ -62,8 +64,9 @@ def request_for(name, direction, capability):
 @pytest.fixture(scope="module")
 def built(compile_ahead):
     """The code of every case."""
-    cases = [(n, d, c) for n in CASES for d in KERNELS for c in CAPABILITIES]
-    return dict(zip(cases, compile_ahead([request_for(*case) for case in cases]), strict=True))
+    return dict(
+        zip(COMPILED, compile_ahead([request_for(*case) for case in COMPILED]), strict=True)
+    )
 
 
 def accesses(sass, instruction):
