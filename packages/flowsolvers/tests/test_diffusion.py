@@ -1,9 +1,11 @@
 """Sampling with noise: SiT's coefficients, and marginals of a mixture."""
 
 import math
+from contextlib import ExitStack
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowsolvers as fs
 
@@ -139,6 +141,25 @@ def test_the_budget_is_met_and_the_context_is_given(nfe):
     assert [one.is_last for one in seen] == [False] * (nfe - 1) + [True]
     assert seen[-1].t_next == 1.0
     assert x0.tolist() == [1.0] * 3
+
+
+def test_the_loop_reads_nothing_from_the_device():
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert "_local_scalar_dense" not in str(func), "the host reads a tensor"
+            return func(*args, **(kwargs or {}))
+
+    with ExitStack() as stack:
+
+        def velocity(t, x):
+            if not calls:  # the table of weights is made before
+                stack.enter_context(Watch())
+            calls.append(t)
+            return x * t
+
+        calls = []
+        fs.sample_sde(velocity, torch.ones(3), nfe=9, generator=torch.Generator())
+    assert len(calls) == 9
 
 
 def test_one_seed_gives_one_sample():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias, cast
+from typing import ClassVar, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,13 @@ Channels: TypeAlias = "int | slice | Sequence[int]"
 
 #: c and u of one evaluation.
 _Pair: TypeAlias = Callable[[Tensor, Tensor, Context | None], tuple[Tensor, Tensor]]
+
+
+@runtime_checkable
+class _Remembering(Protocol):
+    """A rule that keeps something from one evaluation to the next."""
+
+    def reset(self) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +73,8 @@ class Guided:
         """
         low, high = self.interval
         if context is not None:
+            if context.evaluation == 0 and isinstance(self.rule, _Remembering):
+                self.rule.reset()
             if context.t < self.zero_until:
                 return torch.zeros_like(x)
             if not low <= context.t <= high:
