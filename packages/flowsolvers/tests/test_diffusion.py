@@ -24,7 +24,7 @@ def test_coefficients_are_sits_on_the_linear_path(t):
     }
     assert sorted(expected) == sorted(FORMS)
     for form, value in expected.items():
-        assert fs.diffusion(form, t, 0.7) == pytest.approx(value, rel=1e-12)
+        assert fs.diffusion_coefficient(form, t, 0.7) == pytest.approx(value, rel=1e-12)
 
 
 def test_sbdm_on_the_vp_path_is_half_the_rate_of_noising():
@@ -32,13 +32,13 @@ def test_sbdm_on_the_vp_path_is_half_the_rate_of_noising():
     path = fs.VP()
     for t in (0.1, 0.6, 0.9):
         beta = 0.1 + (1 - t) * (20 - 0.1)
-        assert fs.diffusion("sbdm", t, path=path) == pytest.approx(beta / 2, rel=1e-9)
+        assert fs.diffusion_coefficient("sbdm", t, path=path) == pytest.approx(beta / 2, rel=1e-9)
 
 
 def test_ends():
-    assert fs.diffusion("sbdm", 0.0) == math.inf
-    assert fs.diffusion("sbdm", 0.0, 0.0) == 0.0
-    assert fs.diffusion("sbdm", 1.0) == fs.diffusion("sigma", 1.0) == 0.0
+    assert fs.diffusion_coefficient("sbdm", 0.0) == math.inf
+    assert fs.diffusion_coefficient("sbdm", 0.0, 0.0) == 0.0
+    assert fs.diffusion_coefficient("sbdm", 1.0) == fs.diffusion_coefficient("sigma", 1.0) == 0.0
 
 
 def mixture(path=None):
@@ -201,4 +201,4 @@ def test_bad_states_are_refused():
     with pytest.raises(ValueError, match=r"shape \(1,\)"):
         fs.sample_sde(lambda t, x: x[:1], torch.ones(2), nfe=2, generator=generator)
     with pytest.raises(ValueError, match=r"t must be in \[0, 1\]"):
-        fs.diffusion("sigma", 1.5)
+        fs.diffusion_coefficient("sigma", 1.5)

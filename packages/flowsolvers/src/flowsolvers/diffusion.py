@@ -21,7 +21,7 @@ from flowsolvers.spelling import closest_first
 from flowsolvers.velocity import Velocity
 from flowsolvers.warps import Schedule
 
-__all__ = ["DiffusionForm", "LastStep", "diffusion", "sample_sde"]
+__all__ = ["DiffusionForm", "LastStep", "diffusion_coefficient", "sample_sde"]
 
 #: How much noise is put in and taken out again, over time.
 DiffusionForm: TypeAlias = Literal[
@@ -32,7 +32,9 @@ DiffusionForm: TypeAlias = Literal[
 LastStep: TypeAlias = Literal["mean", "euler", "tweedie"]
 
 
-def diffusion(form: DiffusionForm, t: float, scale: float = 1.0, path: Path | None = None) -> float:
+def diffusion_coefficient(
+    form: DiffusionForm, t: float, scale: float = 1.0, path: Path | None = None
+) -> float:
     """Evaluate a coefficient of diffusion w(t).
 
     Args:
@@ -55,8 +57,10 @@ def diffusion(form: DiffusionForm, t: float, scale: float = 1.0, path: Path | No
         which 1 is data too.
 
     Example:
-        >>> diffusion("sbdm", 0.25), diffusion("increasing-decreasing", 0.5, scale=2.0)
-        (3.0, 2.0)
+        >>> diffusion_coefficient("sbdm", 0.25)
+        3.0
+        >>> diffusion_coefficient("increasing-decreasing", 0.5, scale=2.0)
+        2.0
     """
     _check_name("form", form, DiffusionForm)
     if not (math.isfinite(scale) and scale >= 0.0):
@@ -100,7 +104,7 @@ def sample_sde(
         x0: Noise, any shape, floating point.
         nfe: Velocity evaluations and steps, at least 1.
         generator: Source of the noise, on x0's device.
-        form: Of w(t), as for `diffusion`.
+        form: Of w(t), as for `diffusion_coefficient`.
         scale: c of w(t); `decreasing` is free of noise at no c, the others are at 0.
         last_step: From 1 - last_size to 1. `mean`: a step without noise, v + w·s. `euler`: one
             along v. `tweedie`: the prediction of the data; on the linear path that is `euler`.
@@ -179,7 +183,7 @@ def _rows(
         raise ValueError(f"nfe must be at least 1, got {nfe!r}")
     if not 0.0 < last_size < 1.0:
         raise ValueError(f"last_size must be in (0, 1), got {last_size!r}")
-    diffusion(form, 0.5, scale, path)  # refuses a bad form or scale
+    diffusion_coefficient(form, 0.5, scale, path)  # refuses a bad form or scale
     if nfe == 1:
         times = [0.0, 1.0]
     else:
@@ -189,7 +193,7 @@ def _rows(
         h, is_last = t_next - t, i + 1 == nfe
         context = Context(t, t_next, i, nfe, 0, i, nfe, is_last)
         sigma = _at(path, t)[1]
-        w = min(diffusion(form, t, scale, path), sigma * sigma / h)
+        w = min(diffusion_coefficient(form, t, scale, path), sigma * sigma / h)
         x_in_score, v_in_score = _weights(path, t, "score")
         if is_last and last_step == "tweedie":
             rows.append(_Row(context, *_weights(path, t, "data"), 0.0))
