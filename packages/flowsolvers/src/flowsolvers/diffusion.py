@@ -53,8 +53,7 @@ def diffusion_coefficient(
 
     Convention: The noise of dx is √(2w) dW, as in SiT; where it is written √w dW, w is doubled.
 
-    Source: Ma et al., SiT, arXiv 2401.08740, section 3.3 and its released code, in the time of
-        which 1 is data too.
+    Source: Ma et al., SiT, arXiv 2401.08740, and its released code, whose time is data at 1 too.
 
     Example:
         >>> diffusion_coefficient("sbdm", 0.25)
@@ -123,8 +122,7 @@ def sample_sde(
         at which the step already replaces most of the noise in x; more would be unstable, and any
         w keeps the marginals. So `sbdm` starts at t=0, where it is infinite.
 
-    Source: Ma et al., SiT, arXiv 2401.08740, eq. 4 and appendix A; the last steps are those of its
-        released code.
+    Source: Ma et al., SiT, arXiv 2401.08740; the last steps are those of its released code.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)

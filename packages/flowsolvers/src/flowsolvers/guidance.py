@@ -293,7 +293,7 @@ def composed(uncond: Velocity, terms: Sequence[tuple[Velocity, Scale]]) -> Veloc
         ValueError: There are no terms, or a scale is not finite.
 
     Source: Liu et al., Compositional Visual Generation with Composable Diffusion Models, arXiv
-        2206.01714, eq. 11.
+        2206.01714.
 
     Example:
         >>> import torch

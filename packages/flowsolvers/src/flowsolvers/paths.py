@@ -91,7 +91,7 @@ class Path(ABC):
 
         Convention: The score is -noise / σ.
 
-        Source: Ma et al., SiT, arXiv 2401.08740, eq. 9, written for α rising to 1 at data.
+        Source: Ma et al., SiT, arXiv 2401.08740, written for α rising to 1 at data.
 
         Example:
             >>> x, v = torch.tensor([1.0]), torch.tensor([2.0])
@@ -267,7 +267,7 @@ class VP(Path):
     Convention: α(0) = .0066 with the defaults, not 0: the start is noise but for that. The names
         are SiT's; in Song et al. the rates are β.
 
-    Source: Song et al., arXiv 2011.13456, eq. 33; Ma et al., SiT, arXiv 2401.08740.
+    Source: Song et al., arXiv 2011.13456, appendix C; Ma et al., SiT, arXiv 2401.08740.
 
     Example:
         >>> VP().sigma(torch.tensor(1.0))
