@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeAlias, cast, runtime_checkable
+from typing import ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -24,13 +24,6 @@ Channels: TypeAlias = "int | slice | Sequence[int]"
 
 #: c and u of one evaluation.
 _Pair: TypeAlias = Callable[[Tensor, Tensor, Context | None], tuple[Tensor, Tensor]]
-
-
-@runtime_checkable
-class _Remembering(Protocol):
-    """A rule that keeps something from one evaluation to the next."""
-
-    def reset(self) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +66,8 @@ class Guided:
         """
         low, high = self.interval
         if context is not None:
-            if context.evaluation == 0 and isinstance(self.rule, _Remembering):
-                self.rule.reset()
+            if context.evaluation == 0:
+                getattr(self.rule, "reset", _nothing)()
             if context.t < self.zero_until:
                 return torch.zeros_like(x)
             if not low <= context.t <= high:
@@ -306,6 +299,10 @@ def composed(uncond: Velocity, terms: Sequence[tuple[Velocity, Scale]]) -> Veloc
     for _, scale in terms:
         _check(scale, (0.0, 1.0), 0.0)
     return _Composed(uncond, tuple(terms))
+
+
+def _nothing() -> None:
+    """Stand in for the reset of a rule that remembers nothing."""
 
 
 def _rule(rule: str | Rule) -> Rule:
