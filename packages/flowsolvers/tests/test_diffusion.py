@@ -1,9 +1,11 @@
 """Sampling with noise: SiT's coefficients, and marginals of a mixture."""
 
 import math
+from contextlib import ExitStack
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flowsolvers as fs
 
@@ -22,7 +24,7 @@ def test_coefficients_are_sits_on_the_linear_path(t):
     }
     assert sorted(expected) == sorted(FORMS)
     for form, value in expected.items():
-        assert fs.diffusion(form, t, 0.7) == pytest.approx(value, rel=1e-12)
+        assert fs.diffusion_coefficient(form, t, 0.7) == pytest.approx(value, rel=1e-12)
 
 
 def test_sbdm_on_the_vp_path_is_half_the_rate_of_noising():
@@ -30,13 +32,13 @@ def test_sbdm_on_the_vp_path_is_half_the_rate_of_noising():
     path = fs.VP()
     for t in (0.1, 0.6, 0.9):
         beta = 0.1 + (1 - t) * (20 - 0.1)
-        assert fs.diffusion("sbdm", t, path=path) == pytest.approx(beta / 2, rel=1e-9)
+        assert fs.diffusion_coefficient("sbdm", t, path=path) == pytest.approx(beta / 2, rel=1e-9)
 
 
 def test_ends():
-    assert fs.diffusion("sbdm", 0.0) == math.inf
-    assert fs.diffusion("sbdm", 0.0, 0.0) == 0.0
-    assert fs.diffusion("sbdm", 1.0) == fs.diffusion("sigma", 1.0) == 0.0
+    assert fs.diffusion_coefficient("sbdm", 0.0) == math.inf
+    assert fs.diffusion_coefficient("sbdm", 0.0, 0.0) == 0.0
+    assert fs.diffusion_coefficient("sbdm", 1.0) == fs.diffusion_coefficient("sigma", 1.0) == 0.0
 
 
 def mixture(path=None):
@@ -141,6 +143,25 @@ def test_the_budget_is_met_and_the_context_is_given(nfe):
     assert x0.tolist() == [1.0] * 3
 
 
+def test_the_loop_reads_nothing_from_the_device():
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert "_local_scalar_dense" not in str(func), "the host reads a tensor"
+            return func(*args, **(kwargs or {}))
+
+    with ExitStack() as stack:
+
+        def velocity(t, x):
+            if not calls:  # the table of weights is made before
+                stack.enter_context(Watch())
+            calls.append(t)
+            return x * t
+
+        calls = []
+        fs.sample_sde(velocity, torch.ones(3), nfe=9, generator=torch.Generator())
+    assert len(calls) == 9
+
+
 def test_one_seed_gives_one_sample():
     velocity, _ = mixture()
     x0 = torch.randn(8, 2, dtype=torch.float64)
@@ -180,4 +201,4 @@ def test_bad_states_are_refused():
     with pytest.raises(ValueError, match=r"shape \(1,\)"):
         fs.sample_sde(lambda t, x: x[:1], torch.ones(2), nfe=2, generator=generator)
     with pytest.raises(ValueError, match=r"t must be in \[0, 1\]"):
-        fs.diffusion("sigma", 1.5)
+        fs.diffusion_coefficient("sigma", 1.5)

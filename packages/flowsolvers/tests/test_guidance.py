@@ -114,6 +114,17 @@ def test_apgs_momentum_is_that_of_diffusers_and_once_per_step():
             torch.testing.assert_close(guide(c, u, scale=3.5, rule=rule)(NOON, c, context=again), v)
 
 
+def test_momentum_starts_anew_even_where_a_solve_starts_outside_the_interval():
+    c, u = pair(2, 5)
+    v = guide(c, u, rule=fs.APG(momentum=fs.Momentum()), interval=(0.5, 1.0))
+    solves = []
+    for _ in range(2):
+        seen = [context(t, evaluation=i) for i, t in enumerate((0.0, 0.4, 0.6, 0.8))]
+        solves.append(torch.stack([v(NOON, c, context=one) for one in seen]))
+    assert torch.equal(*solves)
+    assert not torch.equal(solves[0][2], solves[0][3])
+
+
 def test_the_optimised_scale_is_the_projection_on_u():
     c, u = pair(3, 4, 5)
     v = guide(c, u, scale=4.0, rule="cfg-zero*")(NOON, c)
@@ -214,6 +225,26 @@ def test_nothing_waits_for_the_device():
                     zero_until=0.05,
                 )
                 v(t, x, context=seen)
+
+
+@pytest.mark.parametrize("rule", ["cfg", "cfg-zero*", "apg", "renorm", "renorm-clip"])
+@pytest.mark.parametrize("seen", [None, context(0.3), context(0.95)], ids=["none", "in", "out"])
+def test_guidance_compiles_into_one_graph(rule, seen):
+    def flow(t, x):
+        v = fs.guided(
+            lambda t, x: x.sin(),
+            lambda t, x: x.cos(),
+            rule=rule,
+            scale=lambda t: 1 + t,
+            interval=(0.1, 0.9),
+            channels=slice(0, 3),
+        )
+        return v(t, x, context=seen)
+
+    torch._dynamo.reset()
+    t, x = torch.tensor(0.3), torch.randn(2, 4, 3)
+    compiled = torch.compile(flow, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(t, x), flow(t, x), rtol=0, atol=0)
 
 
 def test_one_call_on_a_doubled_batch_equals_two_calls():

@@ -36,7 +36,7 @@ def test_public_names_are_these():
         "composed",
         "contextual",
         "cosine",
-        "diffusion",
+        "diffusion_coefficient",
         "evaluate",
         "fit_schedule",
         "fitted",

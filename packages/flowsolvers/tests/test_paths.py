@@ -91,6 +91,19 @@ def test_a_model_of_anything_is_solved_as_a_velocity(kind):
     torch.testing.assert_close(x, means[1] + deviations[1] * noise, rtol=1e-7, atol=1e-7)
 
 
+def test_a_guided_prediction_keeps_its_context_and_its_count():
+    # Conversions are affine, so that guidance of the noise is guidance of the velocity.
+    path, x, t = fs.VP(), torch.randn(3, 2, dtype=torch.float64), torch.tensor(0.4)
+    cond, uncond = (lambda t, x: x.sin()), (lambda t, x: x.cos())
+    late = fs.Context(0.9, 1.0, 0, 1, 0, 0, 1, is_last=True)
+    options = {"scale": 3.0, "interval": (0.0, 0.5)}
+    v = path.velocity(fs.guided(cond, uncond, **options), "noise")
+    inner = fs.guided(path.velocity(cond, "noise"), path.velocity(uncond, "noise"), **options)
+    for seen, rows in ((None, 2), (late, 1)):
+        torch.testing.assert_close(v(t, x, context=seen), inner(t, x, context=seen))
+        assert fs.model_rows(v, seen) == fs.model_rows(inner, seen) == rows
+
+
 def test_times_of_samples_broadcast():
     x, v = torch.randn(2, 3, 4)
     t = torch.tensor([0.1, 0.5, 0.9])[:, None]

@@ -283,9 +283,8 @@ def test_a_schedule_of_ones_own_is_inverted_by_bisection():
 
 def theirs(sigmas, mu=None, **config):
     """Times of diffusers' flow-matching Euler scheduler, for given noise levels."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    scheduler = FlowMatchEulerDiscreteScheduler(**config)
+    diffusers = pytest.importorskip("diffusers", reason="the peer is diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**config)
     scheduler.set_timesteps(sigmas=list(sigmas), mu=mu)
     return 1 - scheduler.sigmas.double().numpy()
 

@@ -7,7 +7,7 @@ A solver is a table of floats known before the first model call (`plan`), and on
 from importlib.metadata import version
 
 from flowsolvers.context import Context, contextual, evaluate, model_rows
-from flowsolvers.diffusion import diffusion, sample_sde
+from flowsolvers.diffusion import diffusion_coefficient, sample_sde
 from flowsolvers.fitting import fit_schedule, fitted
 from flowsolvers.guidance import Guided, composed, guided, guided_batch
 from flowsolvers.layout import plan
@@ -64,7 +64,7 @@ __all__ = [
     "composed",
     "contextual",
     "cosine",
-    "diffusion",
+    "diffusion_coefficient",
     "evaluate",
     "fit_schedule",
     "fitted",

@@ -21,7 +21,7 @@ from flowsolvers.spelling import closest_first
 from flowsolvers.velocity import Velocity
 from flowsolvers.warps import Schedule
 
-__all__ = ["DiffusionForm", "LastStep", "diffusion", "sample_sde"]
+__all__ = ["DiffusionForm", "LastStep", "diffusion_coefficient", "sample_sde"]
 
 #: How much noise is put in and taken out again, over time.
 DiffusionForm: TypeAlias = Literal[
@@ -32,7 +32,9 @@ DiffusionForm: TypeAlias = Literal[
 LastStep: TypeAlias = Literal["mean", "euler", "tweedie"]
 
 
-def diffusion(form: DiffusionForm, t: float, scale: float = 1.0, path: Path | None = None) -> float:
+def diffusion_coefficient(
+    form: DiffusionForm, t: float, scale: float = 1.0, path: Path | None = None
+) -> float:
     """Evaluate a coefficient of diffusion w(t).
 
     Args:
@@ -51,12 +53,13 @@ def diffusion(form: DiffusionForm, t: float, scale: float = 1.0, path: Path | No
 
     Convention: The noise of dx is √(2w) dW, as in SiT; where it is written √w dW, w is doubled.
 
-    Source: Ma et al., SiT, arXiv 2401.08740, section 3.3 and its released code, in the time of
-        which 1 is data too.
+    Source: Ma et al., SiT, arXiv 2401.08740, and its released code, whose time is data at 1 too.
 
     Example:
-        >>> diffusion("sbdm", 0.25), diffusion("increasing-decreasing", 0.5, scale=2.0)
-        (3.0, 2.0)
+        >>> diffusion_coefficient("sbdm", 0.25)
+        3.0
+        >>> diffusion_coefficient("increasing-decreasing", 0.5, scale=2.0)
+        2.0
     """
     _check_name("form", form, DiffusionForm)
     if not (math.isfinite(scale) and scale >= 0.0):
@@ -100,7 +103,7 @@ def sample_sde(
         x0: Noise, any shape, floating point.
         nfe: Velocity evaluations and steps, at least 1.
         generator: Source of the noise, on x0's device.
-        form: Of w(t), as for `diffusion`.
+        form: Of w(t), as for `diffusion_coefficient`.
         scale: c of w(t); `decreasing` is free of noise at no c, the others are at 0.
         last_step: From 1 - last_size to 1. `mean`: a step without noise, v + w·s. `euler`: one
             along v. `tweedie`: the prediction of the data; on the linear path that is `euler`.
@@ -119,8 +122,7 @@ def sample_sde(
         at which the step already replaces most of the noise in x; more would be unstable, and any
         w keeps the marginals. So `sbdm` starts at t=0, where it is infinite.
 
-    Source: Ma et al., SiT, arXiv 2401.08740, eq. 4 and appendix A; the last steps are those of its
-        released code.
+    Source: Ma et al., SiT, arXiv 2401.08740; the last steps are those of its released code.
 
     Example:
         >>> generator = torch.Generator().manual_seed(0)
@@ -179,7 +181,7 @@ def _rows(
         raise ValueError(f"nfe must be at least 1, got {nfe!r}")
     if not 0.0 < last_size < 1.0:
         raise ValueError(f"last_size must be in (0, 1), got {last_size!r}")
-    diffusion(form, 0.5, scale, path)  # refuses a bad form or scale
+    diffusion_coefficient(form, 0.5, scale, path)  # refuses a bad form or scale
     if nfe == 1:
         times = [0.0, 1.0]
     else:
@@ -189,7 +191,7 @@ def _rows(
         h, is_last = t_next - t, i + 1 == nfe
         context = Context(t, t_next, i, nfe, 0, i, nfe, is_last)
         sigma = _at(path, t)[1]
-        w = min(diffusion(form, t, scale, path), sigma * sigma / h)
+        w = min(diffusion_coefficient(form, t, scale, path), sigma * sigma / h)
         x_in_score, v_in_score = _weights(path, t, "score")
         if is_last and last_step == "tweedie":
             rows.append(_Row(context, *_weights(path, t, "data"), 0.0))

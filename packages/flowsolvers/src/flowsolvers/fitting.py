@@ -8,6 +8,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from flowsolvers.context import Context, contextual, evaluate
 from flowsolvers.layout import plan
 from flowsolvers.piecewise import from_times
 from flowsolvers.solve import solve
@@ -101,8 +102,9 @@ def fit_schedule(
     changes: list[Tensor] = []
     latest: list[Tensor] = []
 
-    def watched(t: Tensor, x: Tensor) -> Tensor:
-        v = velocity(t, x)
+    @contextual
+    def watched(t: Tensor, x: Tensor, *, context: Context | None = None) -> Tensor:
+        v = evaluate(velocity, t, x, context)
         if latest:
             changes.append(_size(v - latest.pop()))
         latest.append(v)

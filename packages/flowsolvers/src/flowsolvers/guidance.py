@@ -66,6 +66,8 @@ class Guided:
         """
         low, high = self.interval
         if context is not None:
+            if context.evaluation == 0:
+                getattr(self.rule, "reset", _nothing)()
             if context.t < self.zero_until:
                 return torch.zeros_like(x)
             if not low <= context.t <= high:
@@ -284,7 +286,7 @@ def composed(uncond: Velocity, terms: Sequence[tuple[Velocity, Scale]]) -> Veloc
         ValueError: There are no terms, or a scale is not finite.
 
     Source: Liu et al., Compositional Visual Generation with Composable Diffusion Models, arXiv
-        2206.01714, eq. 11.
+        2206.01714.
 
     Example:
         >>> import torch
@@ -297,6 +299,10 @@ def composed(uncond: Velocity, terms: Sequence[tuple[Velocity, Scale]]) -> Veloc
     for _, scale in terms:
         _check(scale, (0.0, 1.0), 0.0)
     return _Composed(uncond, tuple(terms))
+
+
+def _nothing() -> None:
+    """Stand in for the reset of a rule that remembers nothing."""
 
 
 def _rule(rule: str | Rule) -> Rule:

@@ -70,8 +70,8 @@ def log_likelihood(
 
     Raises:
         ValueError: x1 is not floating point or has no batch; a number is out of range; there is
-            no generator to draw probes from, or it is on another device; or the solver is
-            unknown or exponential.
+            no generator to draw probes from, or it is on another device; the solver is unknown
+            or exponential; or the schedule depends on the number of steps (`terminal`).
 
     Source: Chen et al., Neural Ordinary Differential Equations, arXiv 1806.07366; Grathwohl et
         al., FFJORD, arXiv 1810.01367, with one probe for the whole solve.

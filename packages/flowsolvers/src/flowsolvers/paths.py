@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast, get_args
+from typing import ClassVar, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
 
+from flowsolvers.context import Context, evaluate, model_rows
 from flowsolvers.spelling import closest_first
 from flowsolvers.velocity import Velocity
 
@@ -90,7 +91,7 @@ class Path(ABC):
 
         Convention: The score is -noise / σ.
 
-        Source: Ma et al., SiT, arXiv 2401.08740, eq. 9, written for α rising to 1 at data.
+        Source: Ma et al., SiT, arXiv 2401.08740, written for α rising to 1 at data.
 
         Example:
             >>> x, v = torch.tensor([1.0]), torch.tensor([2.0])
@@ -158,7 +159,7 @@ class Path(ABC):
         """Make a velocity of a model that predicts something else.
 
         Args:
-            model: `model(t, x)` returns the prediction.
+            model: `model(t, x)` returns the prediction; it may be guided.
             prediction: What it predicts.
 
         Returns:
@@ -174,11 +175,24 @@ class Path(ABC):
             tensor([4.])
         """
         _check(prediction)
+        return _Converted(self, model, prediction)
 
-        def velocity(t: Tensor, x: Tensor) -> Tensor:
-            return self.convert(model(t, x), t, x, prediction, "velocity")
 
-        return velocity
+@dataclass(frozen=True, eq=False)
+class _Converted:
+    """A model's prediction as a velocity."""
+
+    path: Path
+    model: Velocity
+    prediction: Prediction
+    takes_context: ClassVar[bool] = True
+
+    def __call__(self, t: Tensor, x: Tensor, *, context: Context | None = None) -> Tensor:
+        value = evaluate(self.model, t, x, context)
+        return self.path.convert(value, t, x, self.prediction, "velocity")
+
+    def rows(self, context: Context | None = None) -> int:
+        return model_rows(self.model, context)
 
 
 @dataclass(frozen=True)
@@ -253,7 +267,7 @@ class VP(Path):
     Convention: α(0) = .0066 with the defaults, not 0: the start is noise but for that. The names
         are SiT's; in Song et al. the rates are β.
 
-    Source: Song et al., arXiv 2011.13456, eq. 33; Ma et al., SiT, arXiv 2401.08740.
+    Source: Song et al., arXiv 2011.13456, appendix C; Ma et al., SiT, arXiv 2401.08740.
 
     Example:
         >>> VP().sigma(torch.tensor(1.0))

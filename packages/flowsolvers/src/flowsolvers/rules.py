@@ -1,8 +1,10 @@
 """Rules of guidance: pure functions from two velocities and a scale to one.
 
 A rule is called as `rule(c, u, scale, context)`. Velocities in half precision are combined in
-float32, and so returned. Norms and inner products are taken for each sample, over all dimensions
-but the first (over the only one, if there is one).
+float32, and so returned. A rule that keeps something from one evaluation to the next has a
+method `reset`, which guidance calls at the first evaluation of a solve. Norms and inner
+products are taken for each sample, over all dimensions but the first (over the only one, if
+there is one).
 """
 
 from __future__ import annotations
@@ -80,8 +82,9 @@ def cfg_zero_star(
 class Momentum:
     """The running sum that APG keeps from one step to the next.
 
-    It starts anew when a context says that the evaluation is the first; without contexts, call
-    `reset` before each solve. Later stages of one step see the sum but do not add to it.
+    It starts anew when a context says that the evaluation is the first, be that inside the
+    interval of guidance or not; without contexts, call `reset` before each solve. Later stages
+    of one step see the sum but do not add to it.
 
     Args:
         beta: Weight of the past, in (-1, 1); the paper's is -0.5.
@@ -155,6 +158,11 @@ class APG:
             raise ValueError(f"eta of APG must be finite, got {self.eta!r}")
         if self.cap is not None and not self.cap > 0.0:
             raise ValueError(f"cap of APG must be greater than 0, or None, got {self.cap!r}")
+
+    def reset(self) -> None:
+        """Forget the past of the momentum, before a new solve."""
+        if self.momentum is not None:
+            self.momentum.reset()
 
     def __call__(
         self, c: Tensor, u: Tensor, scale: float | Tensor, context: Context | None = None

@@ -108,8 +108,8 @@ class Schedule:
             u: In [0, 1].
 
         Returns:
-            The slope, at least 0; of the formula for built-in schedules, of a central difference
-            for others (one-sided at the ends).
+            The slope, at least 0, and at an end of some schedules 0 or infinite; of the formula for
+            built-in schedules, of a central difference for others (one-sided at the ends).
 
         Raises:
             ValueError: u is outside [0, 1], or the warp depends on the number of steps.
