@@ -51,10 +51,10 @@ def cases_of(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for case in module.COMPILED if hasattr(module, "COMPILED") else module.CASES:
-        yield (
-            " ".join(str(part) for part in case if part not in CAPABILITIES),
-            (module.request_for(*case)),
-        )
+        request = module.request_for(*case)
+        parts = list(case)
+        parts.remove(request["capability"])  # has a column of its own
+        yield " ".join(map(str, parts)), request
 
 
 def build(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -313,3 +313,38 @@ def test_a_velocity_of_another_shape_is_refused_at_the_first_evaluation():
 def test_an_integer_state_is_refused():
     with pytest.raises(ValueError, match=r"torch\.int64; convert it"):
         fs.solve(lambda t, x: x, torch.ones(2, dtype=torch.int64), nfe=2)
+
+
+@pytest.mark.parametrize("solver", ["euler", "rk4", "pec2"])
+def test_a_contextual_velocity_is_told_where_it_stands(solver):
+    seen = []
+
+    @fs.contextual
+    def velocity(t, x, *, context=None):
+        seen.append((t.item(), context))
+        return x.cos()
+
+    solution = fs.solve(velocity, torch.ones(2, dtype=torch.float64), nfe=8, solver=solver)
+    contexts = [context for _, context in seen]
+    assert [context.t for context in contexts] == [t for t, _ in seen]
+    assert [context.evaluation for context in contexts] == list(range(8))
+    assert [context.is_last for context in contexts] == [False] * 7 + [True]
+    steps = fs.plan(solver, nfe=8).steps
+    places = [(n, i) for n, step in enumerate(steps) for i in range(len(step.rows))]
+    assert [(context.step, context.stage) for context in contexts] == places
+    assert {context.steps for context in contexts} == {len(steps)}
+    assert solution.rows == solution.nfe == 8
+
+
+def test_guidance_in_an_interval_of_time_spends_no_rows_outside():
+    calls = []
+
+    def unconditional(t, x):
+        calls.append(t.item())
+        return -x
+
+    velocity = fs.guided(lambda t, x: x, unconditional, scale=4.0, interval=(0.25, 0.75))
+    solution = fs.solve(velocity, torch.ones(2, dtype=torch.float64), nfe=8, solver="euler")
+    assert calls == [0.25, 0.375, 0.5, 0.625, 0.75][: len(calls)]
+    assert len(calls) in (4, 5)  # the interval may hold its end or not
+    assert solution.rows == 8 + len(calls)

@@ -4,19 +4,15 @@ A solver is a table of floats known before the first model call (`plan`), and on
 (`solve`) carries it out. Everywhere t=0 is noise and t=1 is data.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 from flowsolvers.context import Context, contextual, evaluate, model_rows
-from flowsolvers.diffusion import diffusion_coefficient, sample_sde
-from flowsolvers.fitting import fit_schedule, fitted
-from flowsolvers.guidance import Guided, composed, guided, guided_batch
 from flowsolvers.layout import plan
-from flowsolvers.likelihood import Likelihood, log_likelihood
 from flowsolvers.method import Method
-from flowsolvers.paths import GVP, VP, Linear, Path
 from flowsolvers.plan import Plan, Row, Step
 from flowsolvers.registry import method, solvers
-from flowsolvers.rules import APG, Momentum, Renorm, guidance_rule
 from flowsolvers.schedules import (
     Schedule,
     beta,
@@ -39,6 +35,14 @@ from flowsolvers.schedules import (
 from flowsolvers.solve import Solution, solve
 from flowsolvers.tableaus import Tableau
 from flowsolvers.velocity import Velocity
+
+if TYPE_CHECKING:
+    from flowsolvers.diffusion import diffusion_coefficient, sample_sde
+    from flowsolvers.fitting import fit_schedule, fitted
+    from flowsolvers.guidance import Guided, composed, guided, guided_batch
+    from flowsolvers.likelihood import Likelihood, log_likelihood
+    from flowsolvers.paths import GVP, VP, Linear, Path
+    from flowsolvers.rules import APG, Momentum, Renorm, guidance_rule
 
 __all__ = [
     "APG",
@@ -95,3 +99,31 @@ __all__ = [
 ]
 
 __version__ = version("flowsolvers")
+
+#: What a sampler may do without is imported when it is first named.
+_LATER = {
+    "APG": "rules",
+    "GVP": "paths",
+    "VP": "paths",
+    "Guided": "guidance",
+    "Likelihood": "likelihood",
+    "Linear": "paths",
+    "Momentum": "rules",
+    "Path": "paths",
+    "Renorm": "rules",
+    "composed": "guidance",
+    "diffusion_coefficient": "diffusion",
+    "fit_schedule": "fitting",
+    "fitted": "fitting",
+    "guidance_rule": "rules",
+    "guided": "guidance",
+    "guided_batch": "guidance",
+    "log_likelihood": "likelihood",
+    "sample_sde": "diffusion",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"flowsolvers.{_LATER[name]}"), name)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flowsolvers.context import Context, evaluate, model_rows
 from flowsolvers.layout import plan as lay_out
 from flowsolvers.plan import Plan, Row, Step
 from flowsolvers.schedules import Schedule
@@ -22,10 +23,13 @@ class Solution:
     Args:
         x: The state at t=1, shaped like x0; float32, or float64 when x0 is float64.
         nfe: Velocity evaluations made.
+        rows: How often the rows of the state went through a model; guidance takes two or more an
+            evaluation (see `model_rows`).
     """
 
     x: Tensor
     nfe: int
+    rows: int
 
 
 def solve(
@@ -44,7 +48,8 @@ def solve(
     the loop, which then never waits for the device. Grad mode is the caller's.
 
     Args:
-        velocity: `velocity(t, x) -> dx/dt`. t is a 0-dim tensor on x0's device, in the state's
+        velocity: `velocity(t, x) -> dx/dt`; one that is `contextual` is given a `Context` besides.
+            t is a 0-dim tensor on x0's device, in the state's
             dtype; x has x0's shape and dtype and must not be written to; the result has x0's shape.
         x0: The state at the plan's start, any shape, floating point.
         nfe: Velocity evaluations, at least 1. Give this or `plan`.
@@ -75,20 +80,50 @@ def solve(
         raise ValueError("a plan already holds nfe, solver and schedule; give it or them, not both")
     if not x0.is_floating_point():
         raise ValueError(f"x0 must be floating point, got {x0.dtype}; convert it with x0.float()")
-    return Solution(_execute(velocity, x0, plan), plan.nfe)
+    contexts = _contexts(plan) if getattr(velocity, "takes_context", False) else None
+    x = _execute(velocity, x0, plan, contexts)
+    if contexts is None:
+        return Solution(x, plan.nfe, plan.nfe * model_rows(velocity))
+    return Solution(x, plan.nfe, sum(model_rows(velocity, context) for context in contexts))
 
 
-def _execute(velocity: Velocity, x0: Tensor, plan: Plan) -> Tensor:
+def _contexts(plan: Plan) -> list[Context]:
+    """Say of each evaluation where it stands."""
+    contexts: list[Context] = []
+    for index, step in enumerate(plan.steps):
+        for stage, row in enumerate(step.rows):
+            count = len(contexts)
+            contexts.append(
+                Context(
+                    t=row.t,
+                    t_next=step.t_next,
+                    step=index,
+                    steps=len(plan.steps),
+                    stage=stage,
+                    evaluation=count,
+                    evaluations=plan.nfe,
+                    is_last=count == plan.nfe - 1,
+                )
+            )
+    return contexts
+
+
+def _execute(velocity: Velocity, x0: Tensor, plan: Plan, contexts: list[Context] | None) -> Tensor:
     state, model = torch.float64 if x0.dtype == torch.float64 else torch.float32, x0.dtype
     times = [row.t for step in plan.steps for row in step.rows]
     clock = iter(torch.tensor(times, dtype=state, device=x0.device).unbind())
     x = x0.to(state)
     shape = x.shape
+    following = None if contexts is None else iter(contexts)
     kept: list[Tensor] = []  # of earlier evaluations, the newest last
     for step, carried in zip(plan.steps, plan.carried, strict=True):
         for row in step.rows:
             point = x if row.scale == 1.0 and not row.weights else _combine(x, row, kept)
-            v = velocity(next(clock), point if point.dtype == model else point.to(model))
+            seen = point if point.dtype == model else point.to(model)
+            if following is None:
+                v = velocity(next(clock), seen)
+            else:
+                v = evaluate(velocity, next(clock), seen, next(following))
             if v.shape != shape:
                 raise ValueError(
                     f"velocity returned shape {tuple(v.shape)} for x of shape {tuple(shape)}; "
@@ -97,7 +132,7 @@ def _execute(velocity: Velocity, x0: Tensor, plan: Plan) -> Tensor:
             if v.dtype != state:
                 v = v.to(state)
             kept.append(v if row.keep == _VELOCITY else _keep(point, v, row.keep))
-            del point, v  # what the model made is freed as soon as nothing needs it
+            del point, seen, v  # what the model made is freed as soon as nothing needs it
         x = _combine(x, step, kept)
         del kept[: len(kept) - carried]
     return x
