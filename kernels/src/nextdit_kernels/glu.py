@@ -193,7 +193,7 @@ def _run(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -
         return
     samples = [_as_samples(x) for x in inputs]
     batch, tokens, width = samples[0].shape
-    block_w = min(_WIDE, max(16, triton.next_power_of_2(width)))
+    block_w = min(_WIDE, max(16, served.power_of_2(width)))
     block_t = _TILE // block_w
     # A dimension of one sample or token is never stepped over, so that its stride says nothing.
     strides = [
@@ -210,7 +210,7 @@ def _run(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -
         "BLOCK_T": block_t,
         "BLOCK_W": block_w,
     }
-    grid = (batch * triton.cdiv(tokens, block_t), triton.cdiv(width, block_w))
+    grid = (batch * served.blocks(tokens, block_t), served.blocks(width, block_w))
     numbers = [number for stride in strides for number in stride]
     with torch.cuda.device(inputs[0].device) if inputs[0].is_cuda else nullcontext():
         kernel[grid](*samples, *outputs, tokens, *numbers, **constants)

@@ -93,10 +93,11 @@ def _seen_by_others(arguments: tuple[Any, ...]) -> bool:
     """Tell whether somebody must see the operator: a mode, a transform or a tensor subclass."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
         return True
-    return any(
-        isinstance(x, Tensor) and type(x) is not Tensor and type(x) is not Parameter
-        for x in arguments
-    )
+    for x in arguments:  # a loop, as this is part of every call
+        kind = type(x)
+        if kind is not Tensor and kind is not Parameter and isinstance(x, Tensor):
+            return True
+    return False
 
 
 def _asks_gradient(arguments: tuple[Any, ...]) -> bool:

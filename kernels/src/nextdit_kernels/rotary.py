@@ -299,11 +299,11 @@ def _run(
     batch = q.shape[0] if q.ndim == 4 else 1
     tokens, heads, width = q.shape[-3:]
     kv_heads = k.shape[-2]
-    block_d = max(16, triton.next_power_of_2(width))
+    block_d = max(16, served.power_of_2(width))
     block_t = _TILE // block_d
     grid = (
-        batch * triton.cdiv(tokens, block_t),
-        triton.cdiv(heads, _HEADS) + triton.cdiv(kv_heads, _HEADS),
+        batch * served.blocks(tokens, block_t),
+        served.blocks(heads, _HEADS) + served.blocks(kv_heads, _HEADS),
     )
     if 0 in grid or width == 0:
         return

@@ -422,7 +422,7 @@ def _check(m: Tensor, weight: Tensor | None, x: Tensor, *others: Tensor) -> None
 
 def _tile(width: int) -> tuple[int, int]:
     """Give the rows and the channels of a tile, both powers of two."""
-    block_w = max(16, int(triton.next_power_of_2(width)))
+    block_w = max(16, served.power_of_2(width))
     return max(1, _TILE // block_w), block_w
 
 
@@ -437,7 +437,7 @@ def _options(kernel: object, block_t: int, block_w: int) -> dict[str, int | None
 
 def _tokens_per_program(tokens: int, block_t: int) -> int:
     """Choose a multiple of the rows of a tile."""
-    enough = int(triton.next_power_of_2(tokens // _PROGRAMS))
+    enough = served.power_of_2(tokens // _PROGRAMS)
     return max(block_t, min(_MOST, max(_FEWEST, enough)))
 
 
@@ -489,7 +489,7 @@ def _launch_kernel(
     }
     first, second = strides[0], strides[1]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        kernel[(batch * triton.cdiv(tokens, count),)](
+        kernel[(batch * served.blocks(tokens, count),)](
             *rows,
             weight if weight is not None else x,
             m,
@@ -579,7 +579,7 @@ def _launch_backward(
         return grad_x, grad_weight.zero_(), grad_m.zero_()
     batch, tokens, width = x.shape
     per_token = m.ndim == 3 and m.shape[1] > 1
-    programs = int(triton.cdiv(tokens, _tokens_per_program(batch * tokens, _tile(width)[0])))
+    programs = served.blocks(tokens, _tokens_per_program(batch * tokens, _tile(width)[0]))
     weight_rows = _partial(x, programs) if asked[1] else grad_weight
     m_rows = _partial(x, programs) if asked[2] and not per_token else grad_m
     others = (rstd, grad_x, weight_rows, m_rows)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-__all__ = ["DTYPES", "aligned", "why_not"]
+__all__ = ["DTYPES", "aligned", "blocks", "power_of_2", "why_not"]
 
 #: The dtypes that the kernels take.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -48,6 +48,27 @@ def why_not(kernel: object, **tensors: Tensor) -> str | None:
     return None
 
 
+def blocks(count: int, size: int) -> int:
+    """Count the blocks of a size that hold a number of elements.
+
+    Like `power_of_2` in place of Triton's own, which take about 2 microseconds of the host a call:
+    they are made to run inside kernels too.
+
+    >>> blocks(9, 4)
+    3
+    """
+    return -(-count // size)
+
+
+def power_of_2(count: int) -> int:
+    """Give the least power of two that is not below a number.
+
+    >>> power_of_2(72)
+    128
+    """
+    return 1 << (count - 1).bit_length() if count > 0 else 1
+
+
 def _listed(words: list[str]) -> str:
     """Write "a, b and c"."""
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
@@ -64,6 +85,9 @@ def aligned(width: int, itemsize: int, *strides: tuple[int, ...]) -> int:
     Returns:
         At most 16 bytes' worth; 1 where a row's elements are not neighbours.
     """
-    if any(stride[-1] != 1 for stride in strides):
-        return 1
-    return math.gcd(_LOAD // itemsize, width, *(s for stride in strides for s in stride[:-1]))
+    together = math.gcd(_LOAD // itemsize, width)
+    for stride in strides:
+        if stride[-1] != 1:
+            return 1
+        together = math.gcd(together, *stride[:-1])
+    return together

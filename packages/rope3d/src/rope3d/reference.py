@@ -29,8 +29,11 @@ class Reference:
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate `[..., tokens, heads, 2 * pairs]` by `[..., tokens, pairs]`."""
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for every head
-        turn = _turn_complex if _multiplies_complex(q) and _multiplies_complex(k) else _turn
-        return turn(q, cos, sin), turn(k, cos, sin)
+        if not (_multiplies_complex(q) and _multiplies_complex(k)):
+            return _turn(q, cos, sin), _turn(k, cos, sin)
+        turns = _complex(cos, sin, q.dtype)
+        turned = _multiply(q, turns)
+        return turned, _multiply(k, turns if k.dtype == q.dtype else _complex(cos, sin, k.dtype))
 
     def rotate_half(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate as `rotate`, with pair m in channels m and m + pairs."""
@@ -45,7 +48,7 @@ class Reference:
                 _write(x, cos, sin, _turn)
             elif x.dtype in (torch.float32, torch.float64) and _holds_complex(x):
                 pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-                pairs.mul_(torch.complex(cos.to(x.dtype), sin.to(x.dtype)))
+                pairs.mul_(_complex(cos, sin, x.dtype))
             else:
                 _write(x, cos, sin, _turn_complex)
 
@@ -92,13 +95,21 @@ def _holds_complex(x: Tensor) -> bool:
 
 
 def _turn_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    wide = x.to(dtype)
+    return _multiply(x, _complex(cos, sin, x.dtype))
+
+
+def _complex(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """Give cos + i sin, in complex64, or complex128 for float64."""
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.complex(cos.to(real), sin.to(real))
+
+
+def _multiply(x: Tensor, turns: Tensor) -> Tensor:
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     if not _holds_complex(wide):
         wide = wide.contiguous()
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * torch.complex(cos.to(dtype), sin.to(dtype)))
-    return turned.flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
 def _turn_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
