@@ -67,6 +67,19 @@ def test_pec_equals_the_method_written_out(order, grid, mixture_flow) -> None:
     torch.testing.assert_close(ours.x, x, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("grid", [fs.uniform(), fs.sigmoid(0.5, 6.0, 6.0), fs.cosine()], ids=str)
+@pytest.mark.parametrize("solver", ["ab2", "ab3", "ab4", "pec1", "pec2", "pec3"])
+def test_measured_order_is_the_nominal_one(solver, grid, mixture_flow) -> None:
+    errors = []
+    for nfe in (128, 192, 256, 384):
+        x = fs.solve(
+            mixture_flow.velocity, mixture_flow.noise, nfe=nfe, solver=solver, schedule=grid
+        ).x
+        errors.append((x - mixture_flow.data).square().mean().sqrt().item())
+    slope = -np.polyfit(np.log([128, 192, 256, 384]), np.log(errors), 1)[0]
+    assert slope == pytest.approx(fs.method(solver).order, abs=0.15)
+
+
 @pytest.mark.parametrize("solver", MULTISTEP)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("nfe", [1, 2, 3, 4, 5, 8, 23])
