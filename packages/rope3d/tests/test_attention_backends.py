@@ -267,7 +267,9 @@ def test_newer_flash_attention_is_refused_on_other_gpus_and_untried_backward(
 
 
 def test_choice_on_cuda(gpu, monkeypatch, install) -> None:
-    chosen = lambda case: attention_backends.choose(case).name  # noqa: E731
+    def chosen(case):
+        return attention_backends.choose(case).name
+
     install("doubling-attention", "doubling", DOUBLING)
     gpu(9)
     assert chosen(on_cuda(72)) == "sdpa"
