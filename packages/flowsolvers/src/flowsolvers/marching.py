@@ -1,0 +1,303 @@
+"""March from one time to another with steps of the length that an error estimate allows."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flowsolvers.control import Controller
+from flowsolvers.embedded import (
+    Attempt,
+    Field,
+    Norm,
+    State,
+    Tolerance,
+    attempt,
+    initial_step,
+    rms_of_all,
+    rms_of_each,
+)
+from flowsolvers.pairs import Pair
+
+__all__ = ["EachStep", "March", "StuckError", "march", "march_each"]
+
+_EPS = sys.float_info.epsilon
+
+#: Less than this, relative to its distance, is not left to a step of its own.
+_SLIVER = 1 + 1e-6
+
+
+class StuckError(RuntimeError):
+    """The march cannot go on; the state is the last good one."""
+
+    def __init__(self, message: str, t: float | Tensor, x: State) -> None:
+        super().__init__(message)
+        self.t, self.x = t, x
+
+
+def _ignore(name: str, t: float, x: State, h: float) -> None:
+    """Watch nothing."""
+
+
+@dataclass(eq=False)
+class March:
+    """What to march with, and how far it has come.
+
+    Args:
+        pair: The embedded pair.
+        tolerance: The error that a step may make.
+        controller: The rule for the next step's length.
+        first_step: Length of the first attempt; found from the flow when None.
+        max_nfe: Velocity evaluations that may be made.
+        jumps: Times at which the velocity jumps: a step ends there, and the next one evaluates
+            the other side.
+        stops: Times at which a step ends, without a jump.
+        norm: Error over tolerance to one number.
+        watch: Called as watch("step" | "accept" | "reject", t, x, h).
+    """
+
+    pair: Pair
+    tolerance: Tolerance
+    controller: Controller = field(default_factory=Controller)
+    first_step: float | None = None
+    max_nfe: int = sys.maxsize
+    jumps: Sequence[float] = ()
+    stops: Sequence[float] = ()
+    norm: Norm = rms_of_all
+    watch: Callable[[str, float, State, float], None] = _ignore
+    nfe: int = 0
+    accepted: int = 0
+    rejected: int = 0
+
+    def spend(self, evaluations: int, t: float | Tensor, x: State) -> None:
+        """Count evaluations before they are made."""
+        if self.nfe + evaluations > self.max_nfe:
+            raise StuckError(
+                f"max_nfe={self.max_nfe} evaluations do not suffice: after {self.nfe} the solve "
+                f"is at t={_shown(t)}; allow more, loosen rtol and atol, or take a pair of "
+                f"another order",
+                t,
+                x,
+            )
+        self.nfe += evaluations
+
+
+def march(flow: Field, x: State, *, t: float, end: float, by: March) -> Iterator[Attempt]:
+    """Yield the accepted steps from t to end, for ever where end is infinite.
+
+    One number is read from the device for each attempt, its error.
+    """
+    direction = 1.0 if end > t else -1.0
+    marks = sorted({*by.jumps, *by.stops}, key=lambda mark: direction * mark)
+    marks = [mark for mark in marks if direction * (mark - t) > 0]
+    by.spend(1, t, x)
+    slope = flow(t, x, direction if t in by.jumps else 0.0)
+    if by.first_step is None:
+        by.spend(1, t, x)
+        with torch.no_grad():
+            size = initial_step(
+                flow,
+                t,
+                x,
+                slope,
+                direction=direction,
+                limit=abs(end - t),
+                order=by.pair.order,
+                tolerance=by.tolerance,
+                norm=by.norm,
+            )
+        if math.isnan(size):
+            raise StuckError(_not_finite(t), t, x)
+    else:
+        size = by.first_step
+    reach = abs(end) if math.isfinite(end) else size
+    earlier = (1.0, 1.0)
+    while t != end:
+        size = min(max(size, by.controller.min_step), by.controller.max_step)
+        target = marks[0] if marks else end
+        lands = abs(target - t) <= size * _SLIVER
+        t_next = target if lands else t + direction * size
+        length = abs(t_next - t)
+        jumps = lands and target in by.jumps
+        by.watch("step", t, x, length)
+        by.spend(by.pair.stages - 1, t, x)
+        found = attempt(flow, by.pair, t, t_next, x, slope, -direction if jumps else 0.0)
+        with torch.no_grad():
+            ratio = float(by.norm(by.tolerance.over(found.error(), x, found.x_next)))
+        accepted = ratio <= 1.0 or length <= by.controller.min_step
+        size = length * by.controller.factor(ratio, accepted, earlier, order=by.pair.order)
+        if accepted:
+            by.accepted += 1
+            by.watch("accept", t, x, length)
+            earlier = (ratio, earlier[0])
+            t, x, slope = t_next, found.x_next, found.slopes[-1]
+            if lands and marks:
+                del marks[0]
+            yield found
+            if jumps and t != end:
+                by.spend(1, t, x)
+                slope = flow(t, x, direction)
+        else:
+            by.rejected += 1
+            by.watch("reject", t, x, length)
+            if size <= 8 * _EPS * max(abs(t), reach):
+                raise StuckError(_too_short(t) if math.isfinite(ratio) else _not_finite(t), t, x)
+
+
+@dataclass(frozen=True, eq=False)
+class EachStep:
+    """An attempt by every sample; `moved` says `[B]` whose was accepted.
+
+    `first` and `last` bound the times of those, on the host.
+    """
+
+    attempt: Attempt
+    moved: Tensor
+    first: float
+    last: float
+
+
+def march_each(
+    flow: Field,
+    x: State,
+    *,
+    t: Tensor,
+    end: Tensor,
+    by: March,
+    counts: tuple[Tensor, Tensor],
+    halt: Callable[[EachStep], Tensor | None] = lambda step: None,
+) -> Iterator[EachStep]:
+    """Yield attempts in which every sample has a step of its own, until all are at their end.
+
+    Five numbers are read from the device for each attempt, at once. `counts` are the accepted and
+    the rejected steps of each sample, `[B]`, counted in place. `halt` may say after a step which
+    samples, `[B]`, go no further.
+    """
+    batch, clock = len(t), t.dtype
+    direction = torch.where(end >= t, 1.0, -1.0).to(clock)
+    jumps = t.new_tensor(sorted(by.jumps)) if by.jumps else None
+    starts = None if jumps is None else (t[:, None] == jumps).any(1)
+    by.spend(1, t, x)
+    slope = flow(t, x, 0.0 if starts is None else direction * starts)
+    if by.first_step is None:
+        by.spend(1, t, x)
+        with torch.no_grad():
+            size = initial_step(
+                flow,
+                t,
+                x,
+                slope,
+                direction=direction,
+                limit=(end - t).abs().to(x[0].dtype),
+                order=by.pair.order,
+                tolerance=by.tolerance,
+                norm=rms_of_each,
+            )
+        size = torch.as_tensor(size).nan_to_num(1e-6)
+    else:
+        size = torch.full_like(t, by.first_step)
+    least = 8 * torch.finfo(clock).eps
+    earlier = (x[0].new_ones(batch), x[0].new_ones(batch))
+    running = t != end
+    going = bool(running.any())
+    while going:
+        size = size.clamp(by.controller.min_step, by.controller.max_step)
+        target = end if jumps is None else _next(jumps, t, end, direction)
+        lands = (target - t).abs() <= size * _SLIVER
+        t_next = torch.where(lands, target, t + direction * size)
+        t_next = torch.where(running, t_next, t)
+        length = (t_next - t).abs()
+        at_jump = None
+        if jumps is not None:
+            at_jump = (t_next[:, None] == jumps).any(1) & running
+        by.spend(by.pair.stages - 1, t, x)
+        nudge = 0.0 if at_jump is None else -direction * at_jump
+        found = attempt(flow, by.pair, t, t_next, x, slope, nudge)
+        with torch.no_grad():
+            ratio = rms_of_each(by.tolerance.over(found.error(), x, found.x_next))
+            fits = (ratio <= 1.0) | (length <= by.controller.min_step)
+            moved = fits & running
+            factor = by.controller.factor(ratio, fits, earlier, order=by.pair.order)
+            size = torch.where(running, length * factor.to(clock), size)
+            stuck = running & ~moved & (size <= least * torch.maximum(t.abs(), end.abs()))
+            counts[0].add_(moved)
+            counts[1].add_(running & ~moved)
+            earlier = (
+                torch.where(moved, ratio, earlier[0]),
+                torch.where(moved, earlier[0], earlier[1]),
+            )
+            low, high = torch.minimum(t, t_next), torch.maximum(t, t_next)
+            numbers = torch.stack(
+                [
+                    stuck.any().to(clock),
+                    (moved & (t_next != end)).any().to(clock)
+                    + (running & ~moved).any().to(clock),
+                    low.masked_fill(~moved, math.inf).min(),
+                    high.masked_fill(~moved, -math.inf).max(),
+                    t.new_zeros(()) if at_jump is None else (at_jump & moved).any().to(clock),
+                ]
+            ).tolist()
+        if numbers[0]:
+            raise StuckError(_who_is_stuck(stuck, ratio, t), t, x)
+        x = [_where(moved, new, old) for new, old in zip(found.x_next, x, strict=True)]
+        slope = [_where(moved, new, old) for new, old in zip(found.slopes[-1], slope, strict=True)]
+        t = torch.where(moved, t_next, t)
+        running, going = running & (t != end), bool(numbers[1])
+        step = EachStep(found, moved, numbers[2], numbers[3])
+        halted = halt(step)
+        if halted is not None:
+            running = running & ~halted
+            going = bool(running.any())
+        yield step
+        if going and at_jump is not None and numbers[4]:
+            by.spend(1, t, x)
+            side = at_jump & moved
+            other = flow(t, x, direction * side)
+            slope = [_where(side, new, old) for new, old in zip(other, slope, strict=True)]
+
+
+def _next(jumps: Tensor, t: Tensor, end: Tensor, direction: Tensor) -> Tensor:
+    """Return of each sample the next jump on its way, or its end."""
+    ahead = direction[:, None] * (jumps - t[:, None])
+    ahead = ahead.masked_fill(ahead <= 0, math.inf)
+    nearest, index = ahead.min(1)
+    return torch.where(nearest < (end - t).abs(), jumps[index], end)
+
+
+def _where(chosen: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(chosen.view(-1, *[1] * (new.ndim - 1)), new, old)
+
+
+def _shown(t: float | Tensor) -> str:
+    if isinstance(t, Tensor):
+        low, high = t.min().item(), t.max().item()
+        return f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
+    return f"{t:.6g}"
+
+
+def _not_finite(t: float, who: str = "") -> str:
+    return (
+        f"the velocity is not finite at t={t:.6g} or right after it{who}; the exception holds "
+        f"the last good state as x. Start after, or end before, a time at which the velocity has "
+        f"a singularity"
+    )
+
+
+def _too_short(t: float, who: str = "") -> str:
+    return (
+        f"the step at t={t:.6g} became too short for a float{who}; the exception holds the last "
+        f"good state as x. If the velocity jumps there, name the time in jumps=; otherwise loosen "
+        f"rtol and atol, or take a fixed budget with solve"
+    )
+
+
+def _who_is_stuck(stuck: Tensor, ratio: Tensor, t: Tensor) -> str:
+    rows = stuck.nonzero().flatten().tolist()
+    who = f", for the samples {rows[:8]}" + (", ..." if len(rows) > 8 else "")
+    told = _too_short if bool(ratio[rows[0]].isfinite()) else _not_finite
+    return told(t[rows[0]].item(), who)
