@@ -37,10 +37,13 @@ from flowsolvers.tableaus import Tableau
 from flowsolvers.velocity import Velocity
 
 if TYPE_CHECKING:
+    from flowsolvers.adaptive import AdaptiveError, AdaptiveSolution, solve_adaptive
+    from flowsolvers.control import Controller
     from flowsolvers.diffusion import diffusion_coefficient, sample_sde
     from flowsolvers.fitting import fit_schedule, fitted
     from flowsolvers.guidance import Guided, composed, guided, guided_batch
     from flowsolvers.likelihood import Likelihood, log_likelihood
+    from flowsolvers.pairs import Pair, embedded_pair
     from flowsolvers.paths import GVP, VP, Linear, Path
     from flowsolvers.rules import APG, Momentum, Renorm, guidance_rule
 
@@ -48,12 +51,16 @@ __all__ = [
     "APG",
     "GVP",
     "VP",
+    "AdaptiveError",
+    "AdaptiveSolution",
     "Context",
+    "Controller",
     "Guided",
     "Likelihood",
     "Linear",
     "Method",
     "Momentum",
+    "Pair",
     "Path",
     "Plan",
     "Renorm",
@@ -69,6 +76,7 @@ __all__ = [
     "contextual",
     "cosine",
     "diffusion_coefficient",
+    "embedded_pair",
     "evaluate",
     "fit_schedule",
     "fitted",
@@ -93,6 +101,7 @@ __all__ = [
     "shift",
     "sigmoid",
     "solve",
+    "solve_adaptive",
     "solvers",
     "terminal",
     "uniform",
@@ -103,16 +112,21 @@ __version__ = version("flowsolvers")
 #: What a sampler may do without is imported when it is first named.
 _LATER = {
     "APG": "rules",
+    "AdaptiveError": "adaptive",
+    "AdaptiveSolution": "adaptive",
+    "Controller": "control",
     "GVP": "paths",
     "VP": "paths",
     "Guided": "guidance",
     "Likelihood": "likelihood",
     "Linear": "paths",
     "Momentum": "rules",
+    "Pair": "pairs",
     "Path": "paths",
     "Renorm": "rules",
     "composed": "guidance",
     "diffusion_coefficient": "diffusion",
+    "embedded_pair": "pairs",
     "fit_schedule": "fitting",
     "fitted": "fitting",
     "guidance_rule": "rules",
@@ -120,6 +134,7 @@ _LATER = {
     "guided_batch": "guidance",
     "log_likelihood": "likelihood",
     "sample_sde": "diffusion",
+    "solve_adaptive": "adaptive",
 }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,8 +12,6 @@ __all__ = ["Controller"]
 
 #: Error ratios below this count as this, so that the next step stays finite.
 _LEAST = 1e-30
-
-_Number = TypeVar("_Number", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -76,42 +73,56 @@ class Controller:
             )
 
     def factor(
-        self,
-        ratio: _Number,
-        accepted: bool | Tensor,
-        earlier: tuple[_Number, _Number] | None = None,
-        *,
-        order: int,
-    ) -> _Number:
+        self, ratio: float, accepted: bool, earlier: tuple[float, float] = (1.0, 1.0), *, order: int
+    ) -> float:
         """Return the next step's length relative to this one's.
 
         Args:
-            ratio: The step's error divided by what is tolerated: a number, or `[B]` for samples
-                that each have their own step. One that is not finite gives `shrink`.
-            accepted: Whether the step is kept; `[B]` with a ratio for each sample.
-            earlier: Ratios of the accepted steps before it, the newest first; 1 when None.
+            ratio: The step's error divided by what is tolerated. One that is not finite gives
+                `shrink`.
+            accepted: Whether the step is kept.
+            earlier: Ratios of the accepted steps before it, the newest first.
             order: Of the pair.
 
         Returns:
-            The factor, shaped like the ratio.
+            The factor.
 
         Example:
-            >>> Controller().factor(torch.tensor([1e9, 1.0]), torch.tensor([False, True]), order=5)
-            tensor([0.2000, 1.0000])
+            >>> Controller(shrink=0.1).factor(math.inf, False, order=3)
+            0.1
         """
-        i, p, d = (k / order for k in (self.integral, self.proportional, self.derivative))
-        if isinstance(ratio, Tensor):
-            found = self.safety * ratio.clamp_min(_LEAST) ** -(i + p + d)
-            if earlier is not None and (p or d):
-                found = found * earlier[0].clamp_min(_LEAST) ** (p + 2 * d)
-                found = found * earlier[1].clamp_min(_LEAST) ** -d
-            found = torch.where(ratio.isfinite(), found, self.shrink)
-            found = found.clamp(self.shrink, self.grow)
-            return torch.where(torch.as_tensor(accepted), found.clamp_min(1.0), found)
         if not math.isfinite(ratio):
             return self.shrink
-        found = self.safety * max(ratio, _LEAST) ** -(i + p + d)
-        if earlier is not None and (p or d):
-            newer, older = (max(cast("float", e), _LEAST) for e in earlier)
-            found *= newer ** (p + 2 * d) * older**-d
+        now, before, earliest = self._exponents(order)
+        newer, older = (max(e, _LEAST) for e in earlier)
+        found = self.safety * max(ratio, _LEAST) ** now * newer**before * older**earliest
         return min(max(found, 1.0 if accepted else self.shrink), self.grow)
+
+    def factor_each(
+        self, ratio: Tensor, accepted: Tensor, earlier: tuple[Tensor, Tensor], *, order: int
+    ) -> Tensor:
+        """Return the factor of each sample, as `factor` would.
+
+        Args:
+            ratio: `[B]`.
+            accepted: `[B]`, truth values.
+            earlier: Each `[B]`.
+            order: Of the pair.
+
+        Returns:
+            `[B]`.
+
+        Example:
+            >>> ratio, one = torch.tensor([1e9, 1.0]), torch.ones(2)
+            >>> Controller().factor_each(ratio, ratio <= 1.0, (one, one), order=5)
+            tensor([0.2000, 1.0000])
+        """
+        now, before, earliest = self._exponents(order)
+        newer, older = (e.clamp_min(_LEAST) for e in earlier)
+        found = self.safety * ratio.clamp_min(_LEAST) ** now * newer**before * older**earliest
+        found = torch.where(ratio.isfinite(), found, self.shrink).clamp(self.shrink, self.grow)
+        return torch.where(accepted, found.clamp_min(1.0), found)
+
+    def _exponents(self, order: int) -> tuple[float, float, float]:
+        i, p, d = (k / order for k in (self.integral, self.proportional, self.derivative))
+        return -(i + p + d), p + 2 * d, -d

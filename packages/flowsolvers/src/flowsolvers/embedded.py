@@ -190,9 +190,7 @@ def _combine(weights: Sequence[float], slopes: list[State]) -> State:
 def _add(x: State, increment: State, h: Clock) -> State:
     """Return x + h·increment."""
     if isinstance(h, Tensor):
-        return [
-            part.addcmul(_like(h, part), more) for part, more in zip(x, increment, strict=True)
-        ]
+        return [part + _like(h, part) * more for part, more in zip(x, increment, strict=True)]
     return list(torch._foreach_add(x, increment, alpha=h))
 
 

@@ -100,7 +100,7 @@ def march(flow: Field, x: State, *, t: float, end: float, by: March) -> Iterator
     if by.first_step is None:
         by.spend(1, t, x)
         with torch.no_grad():
-            size = initial_step(
+            guess = initial_step(
                 flow,
                 t,
                 x,
@@ -111,6 +111,7 @@ def march(flow: Field, x: State, *, t: float, end: float, by: March) -> Iterator
                 tolerance=by.tolerance,
                 norm=by.norm,
             )
+        size = float(guess)
         if math.isnan(size):
             raise StuckError(_not_finite(t), t, x)
     else:
@@ -121,7 +122,7 @@ def march(flow: Field, x: State, *, t: float, end: float, by: March) -> Iterator
         size = min(max(size, by.controller.min_step), by.controller.max_step)
         target = marks[0] if marks else end
         lands = abs(target - t) <= size * _SLIVER
-        t_next = target if lands else t + direction * size
+        t_next: float = target if lands else t + direction * size
         length = abs(t_next - t)
         jumps = lands and target in by.jumps
         by.watch("step", t, x, length)
@@ -151,15 +152,18 @@ def march(flow: Field, x: State, *, t: float, end: float, by: March) -> Iterator
 
 @dataclass(frozen=True, eq=False)
 class EachStep:
-    """An attempt by every sample; `moved` says `[B]` whose was accepted.
+    """An attempt by every sample, and where they are after it.
 
-    `first` and `last` bound the times of those, on the host.
+    `moved` says `[B]` whose attempt was accepted; `first` and `last` bound the times of those,
+    on the host.
     """
 
     attempt: Attempt
     moved: Tensor
     first: float
     last: float
+    t: Tensor
+    x: State
 
 
 def march_each(
@@ -222,7 +226,7 @@ def march_each(
             ratio = rms_of_each(by.tolerance.over(found.error(), x, found.x_next))
             fits = (ratio <= 1.0) | (length <= by.controller.min_step)
             moved = fits & running
-            factor = by.controller.factor(ratio, fits, earlier, order=by.pair.order)
+            factor = by.controller.factor_each(ratio, fits, earlier, order=by.pair.order)
             size = torch.where(running, length * factor.to(clock), size)
             stuck = running & ~moved & (size <= least * torch.maximum(t.abs(), end.abs()))
             counts[0].add_(moved)
@@ -235,8 +239,7 @@ def march_each(
             numbers = torch.stack(
                 [
                     stuck.any().to(clock),
-                    (moved & (t_next != end)).any().to(clock)
-                    + (running & ~moved).any().to(clock),
+                    (moved & (t_next != end)).any().to(clock) + (running & ~moved).any().to(clock),
                     low.masked_fill(~moved, math.inf).min(),
                     high.masked_fill(~moved, -math.inf).max(),
                     t.new_zeros(()) if at_jump is None else (at_jump & moved).any().to(clock),
@@ -248,7 +251,7 @@ def march_each(
         slope = [_where(moved, new, old) for new, old in zip(found.slopes[-1], slope, strict=True)]
         t = torch.where(moved, t_next, t)
         running, going = running & (t != end), bool(numbers[1])
-        step = EachStep(found, moved, numbers[2], numbers[3])
+        step = EachStep(found, moved, numbers[2], numbers[3], t, x)
         halted = halt(step)
         if halted is not None:
             running = running & ~halted
