@@ -107,12 +107,12 @@ def test_reverse_returns_to_the_start(mixture_flow, pair, per_sample):
         rows = [mixture_flow.velocity(s, row[None]) for s, row in zip(t, x, strict=True)]
         return torch.cat(rows)
 
-    options = {"pair": pair, "rtol": 1e-6, "atol": 1e-6, "per_sample": per_sample}
+    options = {"pair": pair, "rtol": 1e-7, "atol": 1e-7, "per_sample": per_sample}
     noise = mixture_flow.noise[:4]
     data = fs.solve_adaptive(velocity, noise, **options).x
-    torch.testing.assert_close(data, mixture_flow.data[:4], atol=2e-5, rtol=0)
+    torch.testing.assert_close(data, mixture_flow.data[:4], atol=2e-6, rtol=0)
     back = fs.solve_adaptive(velocity, data, start=1.0, end=0.0, **options)
-    torch.testing.assert_close(back.x, noise, atol=2e-5, rtol=0)
+    torch.testing.assert_close(back.x, noise, atol=2e-6, rtol=0)
 
 
 def decay(t, x):

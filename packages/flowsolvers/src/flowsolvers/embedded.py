@@ -19,7 +19,9 @@ __all__ = [
     "Interpolant",
     "State",
     "Tolerance",
+    "add",
     "attempt",
+    "combine",
     "initial_step",
     "rms_of_all",
     "rms_of_each",
@@ -70,14 +72,22 @@ class Interpolant:
 
     def at(self, t: Clock) -> State:
         """Return the state at t."""
-        if isinstance(self.h, Tensor):
-            done = (t - self.t) / torch.where(self.h == 0, 1.0, self.h)
-        else:
-            done = (t - self.t) / self.h
+        done = self._done(t)
         total = self.coefficients[-1]
         for coefficient in self.coefficients[-2::-1]:
-            total = _add(coefficient, total, done)
-        return _add(self.x, total, done)
+            total = add(coefficient, total, done)
+        return add(self.x, total, done)
+
+    def slope(self, t: float) -> State:
+        """Return the derivative at t."""
+        done, h = float(self._done(t)), float(self.h)
+        weights = [(n + 1) * done**n / h for n in range(len(self.coefficients))]
+        return combine(weights, list(self.coefficients))
+
+    def _done(self, t: Clock) -> Clock:
+        if isinstance(self.h, Tensor):
+            return (t - self.t) / torch.where(self.h == 0, 1.0, self.h)
+        return (t - self.t) / self.h
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,13 +104,13 @@ class Attempt:
 
     def error(self) -> State:
         """Return how far the companion of one order less ends from x_next."""
-        found = _combine(self.pair.error, self.slopes)
+        found = combine(self.pair.error, self.slopes)
         return [part * _like(self.h, part) for part in found]
 
     def interpolant(self) -> Interpolant:
         """Return the dense output; the slopes are not needed after that."""
         powers = zip(*self.pair.dense, strict=True)
-        coefficients = (_combine(weights, self.slopes) for weights in powers)
+        coefficients = (combine(weights, self.slopes) for weights in powers)
         scaled = tuple([p * _like(self.h, p) for p in parts] for parts in coefficients)
         return Interpolant(self.t, self.h, self.x, scaled)
 
@@ -118,7 +128,7 @@ def attempt(
     h = t_next - t
     slopes, point = [slope], x
     for c, weights in zip(pair.c[1:], pair.a[1:], strict=True):
-        point = _add(x, _combine(weights, slopes), h)
+        point = add(x, combine(weights, slopes), h)
         if c == 1.0:
             slopes.append(field(t_next, point, nudge))
         else:
@@ -147,7 +157,7 @@ def initial_step(
     trial = trial.clamp_max(limit) if isinstance(limit, float) else torch.minimum(trial, limit)
     length: Clock = trial.to(t.dtype) if isinstance(t, Tensor) else float(trial)
     ahead = t + direction * length
-    slope_ahead = field(ahead, _add(x, slope, direction * length))
+    slope_ahead = field(ahead, add(x, slope, direction * length))
     change = [after - before for after, before in zip(slope_ahead, slope, strict=True)]
     bend = norm(tolerance.over(change, x)) / trial
     largest = torch.maximum(speed, bend)
@@ -175,7 +185,7 @@ def rms_of_each(parts: State) -> Tensor:
     return (total / max(count, 1)).sqrt()
 
 
-def _combine(weights: Sequence[float], slopes: list[State]) -> State:
+def combine(weights: Sequence[float], slopes: list[State]) -> State:
     """Return Σ_i weights[i]·slopes[i], in tensors of its own."""
     total: State | None = None
     for weight, slope in zip(weights, slopes, strict=True):
@@ -187,7 +197,7 @@ def _combine(weights: Sequence[float], slopes: list[State]) -> State:
     return [torch.zeros_like(part) for part in slopes[0]] if total is None else total
 
 
-def _add(x: State, increment: State, h: Clock) -> State:
+def add(x: State, increment: State, h: Clock) -> State:
     """Return x + h·increment."""
     if isinstance(h, Tensor):
         return [part + _like(h, part) * more for part, more in zip(x, increment, strict=True)]

@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from flowsolvers.embedded import Attempt, Interpolant, State
+from flowsolvers.embedded import Attempt, Clock, Interpolant, State
 from flowsolvers.marching import EachStep
 
-__all__ = ["Event", "Watch", "WatchEach"]
+__all__ = ["Event", "Passed", "Watch", "WatchEach"]
 
 #: `event(t, x)` to one number, or to `[B]` where each sample has its own time.
 Event = Callable[[float | Tensor, State], Tensor]
+
+
+class Passed(Protocol):
+    """A step with one time for all."""
+
+    @property
+    def t(self) -> Clock:
+        """Its start."""
+        ...
+
+    @property
+    def t_next(self) -> Clock:
+        """Its end."""
+        ...
+
+    @property
+    def x_next(self) -> State:
+        """The state at its end."""
+        ...
+
+    def interpolant(self) -> Interpolant:
+        """Return the state between."""
+        ...
 
 
 class Watch:
@@ -25,7 +48,7 @@ class Watch:
         self._events = events
         self._signs = [_sign(event(t, x)) for event in events]
 
-    def crossing(self, step: Attempt) -> tuple[int, float, State] | None:
+    def crossing(self, step: Passed) -> tuple[int, float, State] | None:
         """Return which event comes first in a step, its time and the state; None for none."""
         found: list[tuple[float, int]] = []
         interpolant: Interpolant | None = None
