@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from flowsolvers.context import evaluate
-from flowsolvers.program import Clock
+from flowsolvers.program import Move
 from flowsolvers.states import Leaves, cast, each, flatten, unflatten
 
 __all__ = ["asker"]
 
 
 def asker(
-    velocity: Any, x0: Leaves, spec: TreeSpec | None, state: torch.dtype, clock: Clock
+    velocity: Any, x0: Leaves, spec: TreeSpec | None, state: torch.dtype, program: tuple[Move, ...]
 ) -> Callable[[Any, Leaves], Leaves]:
     """Wrap a velocity: the model sees x in its own dtype and form, the loop sees the state's.
 
@@ -26,17 +26,17 @@ def asker(
         x0: What the solve was given; its dtypes are the model's.
         spec: Of its tree.
         state: The state's dtype.
-        clock: For naming an evaluation in errors.
+        program: For naming an evaluation in errors.
 
     Returns:
-        ask(tick, x) to dx/dt, with tick from the clock.
+        ask(tick, x) to dx/dt, with the tick of a move.
     """
     tensors = each(x0)
     contextual = bool(getattr(velocity, "takes_context", False))
     same = all(leaf.dtype == state for leaf in tensors)
-    conform = _conformer(tensors, spec, state, clock)
+    conform = _conformer(tensors, spec, state, program)
     if isinstance(x0, Tensor) and same and not contextual:
-        shape, device, first = x0.shape, x0.device, clock[0]
+        shape, device, first = x0.shape, x0.device, program[0].tick
 
         def ask(tick: Any, x: Leaves) -> Leaves:
             v = velocity(tick, x)
@@ -59,7 +59,7 @@ def asker(
 
 
 def _conformer(
-    tensors: Sequence[Tensor], spec: TreeSpec | None, state: torch.dtype, clock: Clock
+    tensors: Sequence[Tensor], spec: TreeSpec | None, state: torch.dtype, program: tuple[Move, ...]
 ) -> Callable[[Any, Any], Leaves]:
     shapes = [leaf.shape for leaf in tensors]
     device = tensors[0].device
@@ -76,7 +76,7 @@ def _conformer(
             problem = f"returned a tensor on {parts[0].device} for x on {device}"
         else:
             return cast(leaves, state)
-        ticks = [one for one in clock if one is not None]
+        ticks = [move.tick for move in program if move.tick is not None]
         index = next(i for i, one in enumerate(ticks) if one is tick)
         t = tick if isinstance(tick, Tensor) else tick[0]
         raise ValueError(

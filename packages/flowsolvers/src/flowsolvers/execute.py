@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from flowsolvers.program import Clock, End, Move, Point, Sum
+from flowsolvers.program import End, Move, Point, Sum
 from flowsolvers.states import Arithmetic, Leaves, arithmetic
 
 __all__ = ["Watch", "execute"]
@@ -28,16 +28,14 @@ def execute(
     ask: Callable[[Any, Leaves], Leaves],
     x: Leaves,
     program: tuple[Move, ...],
-    clock: Clock,
     watch: Watch | None = None,
 ) -> Leaves:
     """Carry out a plan.
 
     Args:
-        ask: Evaluates the velocity at one tick of the clock, in the state's form and dtype.
+        ask: Evaluates the velocity at a move's tick, in the state's form and dtype.
         x: The state at the start; it is not written to.
         program: The plan, as `program.moves` gives it.
-        clock: A tick for each move.
         watch: Is told what happens; None where nobody asks.
 
     Returns:
@@ -46,7 +44,7 @@ def execute(
     sums = arithmetic(x)
     add, add_ = sums.add, sums.add_
     kept: list[Any] = []  # of earlier evaluations, the newest last
-    for (plain, point, end), tick in zip(program, clock, strict=True):
+    for tick, plain, point, end in program:
         if plain and watch is None:
             kept.append(ask(tick, x))
         elif point is not None:

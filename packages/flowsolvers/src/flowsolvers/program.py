@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from flowsolvers.context import Context
 from flowsolvers.plan import Plan, Row, Step
 
-__all__ = ["Clock", "End", "Move", "Point", "Sum", "clock", "moves"]
+__all__ = ["End", "Move", "Point", "Sum", "contexts", "moves"]
 
 
 class Sum(NamedTuple):
@@ -54,29 +55,40 @@ class Move(NamedTuple):
     """An evaluation, the end of a step, or both, one after the other.
 
     Args:
+        tick: The evaluation's time on the device, or that and its `Context`; None without one.
         plain: Whether the velocity is evaluated at x itself and kept.
         point: Where it is evaluated; None if it is not.
         end: The step's end, if it is one.
     """
 
+    tick: Tensor | tuple[Tensor, Context] | None
     plain: bool
     point: Point | None
     end: End | None
 
 
-#: For each move its time on the device, or that and its `Context`; None where nothing is evaluated.
-Clock: TypeAlias = "list[Tensor | None] | list[tuple[Tensor, Context] | None]"
+def moves(
+    plan: Plan, dtype: torch.dtype, device: torch.device, *, contextual: bool
+) -> tuple[Move, ...]:
+    """Write a plan as moves, with all times on the device; a second time, give the first answer.
+
+    So nothing is copied in the loop, and a solve repeated under CUDA graph capture copies nothing.
+    """
+    key = (dtype, device, contextual)
+    remember = not torch.compiler.is_compiling()
+    if remember and key in plan.memo:
+        return plan.memo[key]
+    times = [row.t for step in plan.steps for row in step.rows]
+    ticks: list[Any] = list(torch.tensor(times, dtype=dtype, device=device).unbind())
+    if contextual:
+        ticks = list(zip(ticks, contexts(plan), strict=True))
+    found = tuple(_moves(plan, iter(ticks)))
+    if remember:
+        plan.memo[key] = found
+    return found
 
 
-def moves(plan: Plan) -> tuple[Move, ...]:
-    """Write a plan as moves; a second time, give the first answer."""
-    if "moves" not in plan.memo:
-        plan.memo["moves"] = tuple(_moves(plan))
-    return plan.memo["moves"]
-
-
-def _moves(plan: Plan) -> list[Move]:
-    found: list[Move] = []
+def _moves(plan: Plan, ticks: Iterator[Any]) -> Iterator[Move]:
     kept = 0
     for number, (step, carried) in enumerate(zip(plan.steps, plan.carried, strict=True)):
         kept += len(step.rows)
@@ -84,45 +96,24 @@ def _moves(plan: Plan) -> list[Move]:
         whole = _sum(step)
         (index, weight), *others = whole.terms if step.scale == 1.0 and whole.terms else [(0, 0.0)]
         end = End(index, weight, tuple(others), dropped, whole, number, step)
-        points = [_point(row) for row in step.rows]
-        found += [Move(_plain(point), point, None) for point in points[:-1]]
-        last = points[-1] if points else None
-        found.append(Move(_plain(last), last, end))
-    return found
+        for row in step.rows[:-1]:
+            yield _evaluation(row, next(ticks), None)
+        if step.rows:
+            yield _evaluation(step.rows[-1], next(ticks), end)
+        else:
+            yield Move(None, False, None, end)
 
 
-def _plain(point: Point | None) -> bool:
-    return point is not None and point.sum is None and point.keep is None
-
-
-def _point(row: Row) -> Point:
+def _evaluation(row: Row, tick: Any, end: End | None) -> Move:
     stays = row.scale == 1.0 and not any(row.weights)
-    keep = None if row.keep == (0.0, 1.0) else row.keep
-    return Point(None if stays else _sum(row), keep, row)
+    keeps = row.keep == (0.0, 1.0)
+    point = Point(None if stays else _sum(row), None if keeps else row.keep, row)
+    return Move(tick, stays and keeps, point, end)
 
 
 def _sum(table: Row | Step) -> Sum:
     first = -len(table.weights)
     return Sum(table.scale, tuple((first + i, w) for i, w in enumerate(table.weights) if w))
-
-
-def clock(plan: Plan, dtype: torch.dtype, device: torch.device, *, contextual: bool) -> Clock:
-    """Put the times of all evaluations on a device; a second time, give the first answer.
-
-    So nothing is copied in the loop, and a solve repeated under CUDA graph capture copies nothing.
-    """
-    key = (dtype, device, contextual)
-    if key in plan.memo and not torch.compiler.is_compiling():
-        return plan.memo[key]
-    times = [row.t for step in plan.steps for row in step.rows]
-    ticks = iter(torch.tensor(times, dtype=dtype, device=device).unbind())
-    found = [None if move.point is None else next(ticks) for move in moves(plan)]
-    if contextual:
-        known = iter(contexts(plan))
-        found = [None if tick is None else (tick, next(known)) for tick in found]
-    if not torch.compiler.is_compiling():
-        plan.memo[key] = found
-    return found
 
 
 def contexts(plan: Plan) -> list[Context]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from typing import Generic
 
 import torch
@@ -17,7 +16,7 @@ from flowsolvers.context import model_rows
 from flowsolvers.execute import execute
 from flowsolvers.layout import plan as lay_out
 from flowsolvers.plan import Plan
-from flowsolvers.program import clock, contexts, moves
+from flowsolvers.program import contexts, moves
 from flowsolvers.schedules import Schedule
 from flowsolvers.states import Leaves, State, cast, each, flatten, unflatten
 from flowsolvers.watch import NotFiniteError, Observer, Reached, finite
@@ -133,16 +132,23 @@ def solve(
     looks = check is not False and _may_look(device)
     large = sum(leaf.numel() for leaf in each(x)) >= _LARGE
     closely = looks and bool(check or (device.type == "cpu" and (on_step is not None or large)))
-    watch = partial(Observer, plan, spec, x)
+    program = moves(plan, state, device, contextual=contextual)
+    ask = asker(velocity, leaves, spec, state, program)
     observer = None
     if on_step is not None or trajectory or estimate or closely:
-        observer = watch(on_step=on_step, states=trajectory, estimate=estimate, look=closely)
-    ticks = clock(plan, state, device, contextual=contextual)
-    carry_out = partial(execute, asker(velocity, leaves, spec, state, ticks), x, moves(plan), ticks)
-    found = carry_out(observer)
+        observer = Observer(
+            plan,
+            spec,
+            x,
+            on_step=on_step,
+            states=trajectory,
+            estimate=estimate,
+            look=closely,
+        )
+    found = execute(ask, x, program, observer)
     if looks and not closely and not finite(found):
         if on_step is None:
-            carry_out(watch(on_step=None, states=False, estimate=False, look=True))
+            execute(ask, x, program, Observer(plan, spec, x, look=True))
         raise NotFiniteError(
             "the state is NaN or infinite at the end; check=True looks after each step and names "
             "the one",
@@ -156,6 +162,8 @@ def solve(
 
 def _kind(leaves: Leaves) -> tuple[torch.dtype, torch.device]:
     """Choose the state's dtype, and find its device."""
+    if isinstance(leaves, Tensor) and leaves.dtype in (torch.float32, torch.float64):
+        return leaves.dtype, leaves.device  # most often
     tensors = each(leaves)
     for leaf in tensors:
         if not leaf.is_floating_point():

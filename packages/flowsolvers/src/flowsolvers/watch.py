@@ -112,10 +112,10 @@ class Observer:
         spec: TreeSpec | None,
         x: Leaves,
         *,
-        on_step: Callable[[Reached[Any]], object] | None,
-        states: bool,
-        estimate: bool,
-        look: bool,
+        on_step: Callable[[Reached[Any]], object] | None = None,
+        states: bool = False,
+        estimate: bool = False,
+        look: bool = False,
     ) -> None:
         self._plan, self._spec, self._on_step, self._look = plan, spec, on_step, look
         self.states: list[Leaves] | None = [x] if states else None
