@@ -475,3 +475,26 @@ def test_a_step_for_each_sample_reads_no_value_but_its_five_at_once():
     assert found.accepted.max() > 3
     # `tolist` of the five is no read of one element; whether any sample has to move is.
     assert reads.count == 1
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_guidance_in_an_interval_is_stepped_on_at_its_edges(per_sample):
+    times = []
+
+    def cond(t, x):
+        times.append(t)
+        return -x
+
+    v = fs.guided(cond, lambda t, x: -2 * x, scale=3.0, interval=(0.25, 0.75))
+    x0 = torch.ones(2, 1, dtype=DOUBLE)
+    if per_sample:
+        v = fs.guided(cond, lambda t, x: -2 * x, scale=3.0)
+    found = fs.solve_adaptive(v, x0, rtol=1e-9, atol=1e-9, per_sample=per_sample)
+    # Inside it is -2x + 3(-x + 2x) = x, outside -x.
+    expected = math.exp(1.0) if per_sample else math.exp(0.5 - 0.5)
+    torch.testing.assert_close(found.x, torch.full_like(x0, expected), atol=1e-7, rtol=0)
+    assert found.rows == 2 * found.nfe
+    if not per_sample:
+        seen = [t.item() for t in times]
+        assert math.nextafter(0.25, 0.0) in seen
+        assert math.nextafter(0.75, 1.0) in seen

@@ -35,13 +35,16 @@ from flowsolvers.schedules import (
 from flowsolvers.solve import Solution, solve
 from flowsolvers.tableaus import Tableau
 from flowsolvers.velocity import Velocity
+from flowsolvers.watch import NotFiniteError, Reached
 
 if TYPE_CHECKING:
     from flowsolvers.adaptive import AdaptiveError, AdaptiveSolution, solve_adaptive
+    from flowsolvers.bar import progress
     from flowsolvers.control import Controller
     from flowsolvers.diffusion import diffusion_coefficient, sample_sde
     from flowsolvers.fitting import fit_schedule, fitted
     from flowsolvers.guidance import Guided, composed, guided, guided_batch
+    from flowsolvers.inpainting import inpainted
     from flowsolvers.likelihood import Likelihood, log_likelihood
     from flowsolvers.pairs import Pair, embedded_pair
     from flowsolvers.paths import GVP, VP, Linear, Path
@@ -60,9 +63,11 @@ __all__ = [
     "Linear",
     "Method",
     "Momentum",
+    "NotFiniteError",
     "Pair",
     "Path",
     "Plan",
+    "Reached",
     "Renorm",
     "Row",
     "Schedule",
@@ -85,6 +90,7 @@ __all__ = [
     "guidance_rule",
     "guided",
     "guided_batch",
+    "inpainted",
     "karras",
     "linear_quadratic",
     "log_likelihood",
@@ -95,6 +101,7 @@ __all__ = [
     "model_rows",
     "plan",
     "polyexponential",
+    "progress",
     "sample_sde",
     "schedule",
     "sd3_shift",
@@ -132,7 +139,9 @@ _LATER = {
     "guidance_rule": "rules",
     "guided": "guidance",
     "guided_batch": "guidance",
+    "inpainted": "inpainting",
     "log_likelihood": "likelihood",
+    "progress": "bar",
     "sample_sde": "diffusion",
     "solve_adaptive": "adaptive",
 }

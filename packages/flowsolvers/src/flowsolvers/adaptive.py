@@ -11,6 +11,7 @@ from typing import Any, Generic, cast
 import torch
 from torch import Tensor
 
+from flowsolvers.context import jumps as jumps_of
 from flowsolvers.context import model_rows
 from flowsolvers.control import Controller
 from flowsolvers.embedded import Attempt, Interpolant, Tolerance
@@ -20,7 +21,6 @@ from flowsolvers.flowing import Flow, Flowing
 from flowsolvers.marching import EachStep, March, StuckError, march, march_each
 from flowsolvers.pairs import Pair, embedded_pair
 from flowsolvers.states import State
-from flowsolvers.velocity import Velocity
 
 __all__ = ["AdaptiveError", "AdaptiveSolution", "solve_adaptive"]
 
@@ -136,8 +136,8 @@ def solve_adaptive(
             as many as the slowest row needs.
         first_step: Length of the first attempt; guessed from one more evaluation when None.
         max_nfe: Evaluations after which to give up.
-        jumps: Times at which the velocity jumps, such as the ends of a guidance interval; a step
-            ends at each, and the next one starts on its other side.
+        jumps: Times at which the velocity jumps, besides those that it names itself, as guidance
+            in an interval does; a step ends at each, and the next one starts on its other side.
         events: Functions `event(t, x)` of one number (`[B]` with `per_sample`); where the sign of
             one changes the solve ends, found on the dense output by halving.
         dense: Keep the dense output for `AdaptiveSolution.at`: the order of the polynomial times
@@ -173,7 +173,7 @@ def solve_adaptive(
         controller or Controller(),
         first_step,
         max_nfe,
-        tuple(jumps),
+        (*jumps, *jumps_of(velocity)),
     )
     watched = [flow.event(event) for event in events]
     try:
@@ -184,7 +184,7 @@ def solve_adaptive(
         x=flow.whole(found.x),
         t=found.t,
         nfe=by.nfe,
-        rows=by.nfe * model_rows(cast("Velocity", velocity)),
+        rows=by.nfe * model_rows(velocity),
         accepted=found.accepted,
         rejected=found.rejected,
         states=None if found.states is None else flow.whole(found.states),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -24,8 +24,8 @@ __all__ = [
 #: A tensor, or lists, tuples, named tuples and dicts of states, to any depth.
 State = TypeVar("State")
 
-#: A state as the loops hold it: the tensor itself, or the list of a tree's tensors.
-Leaves: TypeAlias = "Tensor | list[Tensor]"
+#: A state as the loops hold it: the tensor itself, or all of a tree's tensors in order.
+Leaves: TypeAlias = "Tensor | Sequence[Tensor]"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def unflatten(leaves: Leaves, spec: TreeSpec | None) -> Any:
         >>> unflatten(*flatten((torch.zeros(1), torch.ones(1))))
         (tensor([0.]), tensor([1.]))
     """
-    return leaves if spec is None else tree_unflatten(leaves, spec)
+    return leaves if spec is None else tree_unflatten(list(each(leaves)), spec)
 
 
 def arithmetic(leaves: Leaves) -> Arithmetic:
@@ -108,6 +108,6 @@ def cast(leaves: Leaves, dtype: torch.dtype) -> Leaves:
     return [leaf.to(dtype) for leaf in leaves]
 
 
-def each(leaves: Leaves) -> list[Tensor]:
+def each(leaves: Leaves) -> Sequence[Tensor]:
     """List the tensors."""
     return [leaves] if isinstance(leaves, Tensor) else leaves
