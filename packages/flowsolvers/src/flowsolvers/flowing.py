@@ -40,9 +40,9 @@ class Flowing(Generic[State]):
         if per_sample and not parts[0].ndim:
             raise ValueError("per_sample=True needs a batch as x0's first dimension, got 0-dim")
         self._velocity = velocity
-        self._models = [part.dtype for part in parts]
+        self.dtypes = [part.dtype for part in parts]
         self._shapes = [part.shape for part in parts]
-        double = torch.float64 in self._models
+        double = torch.float64 in self.dtypes
         self.dtype = torch.float64 if double else torch.float32
         self.device = parts[0].device
         self.x0: Parts = [part.to(self.dtype) for part in parts]
@@ -63,10 +63,10 @@ class Flowing(Generic[State]):
 
     def __call__(self, t: Clock, x: Parts, nudge: Clock = 0.0) -> Parts:
         """Return dx/dt."""
-        seen = [p.to(dtype) for p, dtype in zip(x, self._models, strict=True)]
+        seen = [p.to(dtype) for p, dtype in zip(x, self.dtypes, strict=True)]
         v = self._velocity(self._beside(t, nudge), self.whole(seen))
         leaves, spec = flatten(v)
-        parts = each(leaves)
+        parts = list(each(leaves))
         self._check(parts, spec)
         return [part.to(self.dtype) for part in parts]
 
