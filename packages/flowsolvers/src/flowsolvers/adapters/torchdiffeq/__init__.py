@@ -6,11 +6,11 @@
 tensor([[1.0000],
         [0.3679]])
 
-The same steps are taken as there, so that results agree to rounding, with these differences: the
-state is float32 or float64 whatever y0 is, and so is the time that the function gets; states may
-be any trees; between steps bosh3 and adaptive_heun interpolate with a cubic that has the slopes of
-both ends; adaptive_heun, fehlberg2 and tsit5 start each step with the slope of the state that
-they start from.
+Methods on a grid and dopri5 take the same steps as there, so that results agree to rounding. What
+differs: the state is added up in float32 or float64 whatever y0 is, and the function gets the time
+in that; states may be any trees; tsit5 carries on the solution of order 5; between steps bosh3 and
+dopri8 interpolate with the order that their authors gave them; adaptive_heun and fehlberg2 start
+each step with the slope of the state that they start from, at one more evaluation.
 """
 
 from flowsolvers.adapters.torchdiffeq.adjoint import odeint_adjoint

@@ -205,9 +205,12 @@ class _Problem:
         for step in walk(flow, x, pairwise(ends), grid, callbacks(flow, self.func, self.name)):
             while pending and self.sign * pending[0] <= self.sign * step.t_next:
                 time = pending.pop(0)
-                inside = time != step.t_next or grid.cubic
-                state = step.interpolant().at(time) if inside else step.x_next
-                yield state, flow(time, state) if self.t.requires_grad else []
+                if time == step.t_next:
+                    state = step.x_next
+                    yield state, flow(time, state) if self.t.requires_grad else []
+                else:
+                    within = step.interpolant()
+                    yield within.at(time), within.slope(time) if self.t.requires_grad else []
 
     def _moved_start(self) -> State:
         """Let the start depend on t[0]: starting later is starting from where one was before."""
