@@ -1,10 +1,11 @@
-"""Run the test suites of torchdiffeq and torchode with flowsolvers in their place.
+"""Run torchdiffeq's own test suite with flowsolvers in its place.
 
-    python benchmarks/solvers/peer_suites.py --torchdiffeq ../torchdiffeq --torchode ../torchode
+    python benchmarks/solvers/peer_suites.py --torchdiffeq ../torchdiffeq
 
-Each is a checkout of the project; its tests are run as they are, from where they are, and import
-our shim under the project's name. Every test and subtest is counted: passed, failed, or skipped
-with the reason. A test is skipped only where it asks for what the shim does not carry.
+The argument is a checkout of the project; its tests are run as they are, from where they are, and
+import `flowsolvers.adapters.torchdiffeq` under the name torchdiffeq. Every test and subtest is
+counted: passed, failed, or skipped, which is where it asks for a method that the shim refuses by
+name, or where the suite itself skips.
 """
 
 from __future__ import annotations
@@ -14,21 +15,17 @@ import subprocess
 import sys
 import time
 import unittest
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
-HERE = Path(__file__).parent
-
-#: What cannot be asked of a shim, by the test's name.
-NOT_ASKED = {
-    "test_adjoint_norm": "walks the autograd graph that flattening a tuple leaves there",
-}
+#: The files of torchdiffeq's suite.
+FILES = ("api_tests", "event_tests", "gradient_tests", "norm_tests", "odeint_tests")
 
 
 @dataclass
@@ -48,62 +45,79 @@ class Result(unittest.TestResult):
     def __init__(self, counts: Counts) -> None:
         super().__init__()
         self.counts = counts
-        self.sub: set[unittest.TestCase] = set()
-
-    def _note(self, name: str, error: tuple[type, BaseException, TracebackType] | None) -> None:
-        if error is None:
-            self.counts.passed += 1
-        elif isinstance(error[1], ValueError) and "is not carried" in str(error[1]):
-            self.counts.skipped[str(error[1]).split(";")[0]] += 1
-        else:
-            lines = str(error[1]).strip().splitlines() or [""]
-            self.counts.failed.append((name, f"{type(error[1]).__name__}: {lines[0]}"[:200]))
+        self.parents: set[str] = set()
 
     def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:  # noqa: N802
-        self.sub.add(test)
-        self._note(subtest.id().split(".", 1)[1], err)
+        self.parents.add(test.id())
+        self._note(subtest, err)
 
     def addSuccess(self, test: Any) -> None:  # noqa: N802
-        if test not in self.sub:
-            self._note(test.id(), None)
+        if test.id() not in self.parents:
+            self._note(test, None)
 
     def addFailure(self, test: Any, err: Any) -> None:  # noqa: N802
-        if test.id().split(".")[-1] in NOT_ASKED:
-            self.counts.skipped[NOT_ASKED[test.id().split(".")[-1]]] += 1
-        else:
-            self._note(test.id().split(".", 1)[1], err)
+        self._note(test, err)
 
-    addError = addFailure  # noqa: N815
+    def addError(self, test: Any, err: Any) -> None:  # noqa: N802
+        self._note(test, err)
 
     def addSkip(self, test: Any, reason: str) -> None:  # noqa: N802
         self.counts.skipped[reason] += 1
 
-
-def torchdiffeq_suite(checkout: Path, files: list[str]) -> list[Counts]:
-    sys.modules["torchdiffeq"] = import_module("flowsolvers.adapters.torchdiffeq")
-    sys.path.insert(0, str(checkout / "tests"))
-    found = []
-    for name in files:
-        counts = Counts(f"torchdiffeq/tests/{name}.py")
-        begin = time.perf_counter()
-        unittest.defaultTestLoader.loadTestsFromName(name).run(Result(counts))
-        counts.seconds = time.perf_counter() - begin
-        found.append(counts)
-        print(table([counts]), flush=True)
-    return found
+    def _note(self, test: Any, err: Any) -> None:
+        if err is None:
+            self.counts.passed += 1
+        elif isinstance(err[1], ValueError) and "is not carried" in str(err[1]):
+            self.counts.skipped[str(err[1]).split(";")[0]] += 1
+        else:
+            first = (str(err[1]).strip().splitlines() or [""])[0]
+            name = test.id().split(".", 1)[1]
+            self.counts.failed.append((name, f"{type(err[1]).__name__}: {first}"[:160]))
 
 
-def table(all_counts: list[Counts]) -> str:
-    lines = []
-    for counts in all_counts:
+def run(checkout: Path, name: str) -> Counts:
+    counts = Counts(name)
+    begin = time.perf_counter()
+    unittest.defaultTestLoader.loadTestsFromName(name).run(Result(counts))
+    counts.seconds = time.perf_counter() - begin
+    return counts
+
+
+def report(checkout: Path, found: list[Counts]) -> str:
+    commit = subprocess.run(
+        ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    lines = [
+        f"torchdiffeq's suite at {commit or 'a checkout without git'}, torch {torch.__version__}.",
+        "",
+        "| file | passed | failed | skipped | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for c in found:
+        skipped = sum(c.skipped.values())
         lines.append(
-            f"{counts.name}: {counts.passed} passed, {len(counts.failed)} failed, "
-            f"{sum(counts.skipped.values())} skipped, {counts.seconds:.0f} s"
+            f"| {c.name}.py | {c.passed} | {len(c.failed)} | {skipped} | {c.seconds:.0f} |"
         )
-        lines += [f"  failed   {name}: {why}" for name, why in counts.failed]
-        lines += [f"  skipped  {n} times: {why}" for why, n in counts.skipped.items()]
+    lines += ["", "Failed:", ""]
+    lines += [f"- {c.name}: {name}: {why}" for c in found for name, why in c.failed] or ["- none"]
+    lines += ["", "Skipped:", ""]
+    skips = sum((c.skipped for c in found), Counter[str]())
+    lines += [f"- {n} times: {why}" for why, n in skips.most_common()] or ["- none"]
     return "\n".join(lines)
 
 
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--torchdiffeq", type=Path, required=True, help="a checkout of torchdiffeq")
+    parser.add_argument("files", nargs="*", default=FILES, help="files of its suite; all if none")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    sys.modules["torchdiffeq"] = import_module("flowsolvers.adapters.torchdiffeq")
+    sys.path.insert(0, str(options.torchdiffeq / "tests"))
+    found = [run(options.torchdiffeq, name) for name in options.files]
+    print(report(options.torchdiffeq, found))
+    return int(any(c.failed for c in found))
+
+
 if __name__ == "__main__":
-    torchdiffeq_suite(Path(sys.argv[1]), sys.argv[2:])
+    sys.exit(main())
