@@ -1,6 +1,7 @@
 """What to cite: every built-in solver and grid has a source, and the BibTeX can be read."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +50,10 @@ def test_a_plan_of_ones_own_and_a_strangers_solver():
     plan = fs.plan("euler", nfe=2)
     mine = fs.Plan("mine", "of mine", plan.steps)
     assert fs.citation(mine) == ""
+
+
+def test_the_documentation_lists_all_of_them():
+    file = Path(__file__).parents[3] / "docs" / "solvers.bib"
+    if not file.exists():
+        pytest.skip("the documentation lies in the repository, not in the source distribution")
+    assert file.read_text(encoding="utf-8") == "\n\n".join(citations._ENTRIES.values()) + "\n"
