@@ -365,7 +365,7 @@ def test_a_pipeline_arrives_where_solve_does_on_its_transformer(family, name, so
     assert (found - expected).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("strength", [0.325, 0.8])  # midpoint begins inside a step, and at one
+@pytest.mark.parametrize("strength", [0.325, 0.65])  # midpoint begins inside a step and at one
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("task", ["img2img", "inpaint"])
 @pytest.mark.parametrize("family", ["flux", "sd3"], indirect=True)
@@ -403,8 +403,8 @@ def test_images_are_changed_by_strength(family, task, solver, strength, count) -
     if solver == "euler":
         assert torch.equal(coarse, run(own, 8))
     else:  # with many steps the solvers meet
-        expected = run(own, 61)
-        assert (run(ours, 61) - expected).square().mean().sqrt() < 0.03 * expected.std()
+        expected = run(own, 60)
+        assert (run(ours, 60) - expected).square().mean().sqrt() < 0.03 * expected.std()
 
 
 def test_a_loaded_pipeline_has_the_scheduler_it_was_saved_with(tmp_path) -> None:
