@@ -29,11 +29,11 @@ def _noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def _random(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Give every weight a value, also those that start at zero."""
+    """Give every weight a value, also those that start at zero; smooth in time."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0.0, 0.15, generator=generator)
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0.0, 0.05 if "time" in name else 0.15, generator=generator)
     return model.eval().requires_grad_(False)
 
 
@@ -404,7 +404,7 @@ def test_images_are_changed_by_strength(family, task, solver, strength, count) -
         assert torch.equal(coarse, run(own, 8))
     else:  # with many steps the solvers meet
         expected = run(own, 60)
-        assert (run(ours, 60) - expected).square().mean().sqrt() < 0.03 * expected.std()
+        assert (run(ours, 60) - expected).square().mean().sqrt() < 0.02 * expected.std()
 
 
 def test_a_loaded_pipeline_has_the_scheduler_it_was_saved_with(tmp_path) -> None:
