@@ -103,7 +103,8 @@ def _step(t: float, t_next: float) -> fs.Step:
         (lambda: fs.Plan("mine", "mine", ()), "at least one step"),
         (lambda: fs.Plan("mine", "mine", (_step(0.0, 0.5), _step(0.6, 1.0))), "follow one another"),
         (lambda: fs.Plan("mine", "mine", (_step(0.0, 1.5),)), r"\[0, 1\]"),
-        (lambda: _step(0.5, 0.5), "forward"),
+        (lambda: _step(0.5, 0.5), "go somewhere"),
+        (lambda: fs.Plan("mine", "mine", (_step(0.0, 0.5), _step(0.5, 0.2))), "one way"),
         (
             lambda: _alone(fs.Step(0.0, 1.0, (), (1.0,))),
             "combines 1 evaluations, but 0 come before",

@@ -35,11 +35,14 @@ from flowsolvers.schedules import (
 from flowsolvers.solve import Solution, solve
 from flowsolvers.tableaus import Tableau
 from flowsolvers.velocity import Velocity
+from flowsolvers.watch import NotFiniteError, Reached
 
 if TYPE_CHECKING:
+    from flowsolvers.bar import progress
     from flowsolvers.diffusion import diffusion_coefficient, sample_sde
     from flowsolvers.fitting import fit_schedule, fitted
     from flowsolvers.guidance import Guided, composed, guided, guided_batch
+    from flowsolvers.inpainting import inpainted
     from flowsolvers.likelihood import Likelihood, log_likelihood
     from flowsolvers.paths import GVP, VP, Linear, Path
     from flowsolvers.rules import APG, Momentum, Renorm, guidance_rule
@@ -54,8 +57,10 @@ __all__ = [
     "Linear",
     "Method",
     "Momentum",
+    "NotFiniteError",
     "Path",
     "Plan",
+    "Reached",
     "Renorm",
     "Row",
     "Schedule",
@@ -77,6 +82,7 @@ __all__ = [
     "guidance_rule",
     "guided",
     "guided_batch",
+    "inpainted",
     "karras",
     "linear_quadratic",
     "log_likelihood",
@@ -87,6 +93,7 @@ __all__ = [
     "model_rows",
     "plan",
     "polyexponential",
+    "progress",
     "sample_sde",
     "schedule",
     "sd3_shift",
@@ -118,7 +125,9 @@ _LATER = {
     "guidance_rule": "rules",
     "guided": "guidance",
     "guided_batch": "guidance",
+    "inpainted": "inpainting",
     "log_likelihood": "likelihood",
+    "progress": "bar",
     "sample_sde": "diffusion",
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowsolvers.velocity import Velocity
 
-__all__ = ["Context", "ContextVelocity", "contextual", "evaluate", "model_rows"]
+__all__ = ["Context", "ContextVelocity", "contextual", "evaluate", "jumps", "model_rows"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Context:
         evaluation: Index of the evaluation, from 0; a cache or a momentum starts anew at 0.
         evaluations: Number of evaluations.
         is_last: Whether no evaluation follows.
+        t_start: Time at which the step starts; None where it is not known.
 
     Example:
         >>> Context(0.5, 1.0, step=1, steps=2, stage=0, evaluation=1, evaluations=2, is_last=True).t
@@ -44,6 +45,35 @@ class Context:
     evaluation: int
     evaluations: int
     is_last: bool
+    t_start: float | None = None
+
+    @property
+    def evaluations_left(self) -> int:
+        """Number of evaluations after this one."""
+        return self.evaluations - self.evaluation - 1
+
+    def within(self, low: float, high: float) -> bool:
+        """Tell whether the evaluation is inside an interval of time.
+
+        At an edge of the interval it is inside if its step is: a step that ends at an edge is not
+        of the same part as one that starts there.
+
+        Args:
+            low: First time.
+            high: Last time.
+
+        Returns:
+            Whether it is inside.
+
+        Example:
+            >>> edge = Context(0.5, 0.6, 5, 10, 0, 5, 10, is_last=False, t_start=0.5)
+            >>> edge.within(0.2, 0.5), edge.within(0.5, 0.8)
+            (False, True)
+        """
+        t = self.t
+        if t in (low, high) and self.t_start is not None:
+            t = (self.t_start + self.t_next) / 2
+        return low <= t <= high
 
 
 @runtime_checkable
@@ -106,7 +136,7 @@ def evaluate(velocity: Velocity, t: Tensor, x: Tensor, context: Context | None) 
     return velocity(t, x)
 
 
-def model_rows(velocity: Velocity, context: Context | None = None) -> int:
+def model_rows(velocity: object, context: Context | None = None) -> int:
     """Count how often an evaluation sends the rows of the state through a model.
 
     Args:
@@ -123,3 +153,20 @@ def model_rows(velocity: Velocity, context: Context | None = None) -> int:
     """
     rows = getattr(velocity, "rows", None)
     return 1 if rows is None else rows(context)
+
+
+def jumps(velocity: object) -> tuple[float, ...]:
+    """Ask a velocity at which times it jumps.
+
+    Args:
+        velocity: Any velocity. Guided ones have an attribute `jumps`; others have none.
+
+    Returns:
+        Times in [0, 1], in any order, some perhaps twice.
+
+    Example:
+        >>> from flowsolvers import guided
+        >>> jumps(guided(lambda t, x: x, lambda t, x: -x, interval=(0.2, 1.0)))
+        (0.2, 1.0, 0.0)
+    """
+    return tuple(getattr(velocity, "jumps", ()))

@@ -63,7 +63,7 @@ class Exponential:
         start = self.order == 3 and nfe >= 4
         kept = Kept()
         steps: list[Step] = []
-        for n, (t, t_next) in enumerate(pairwise(grid(nfe - start))):
+        for n, (t, t_next) in enumerate(pairwise(_forward(grid(nfe - start)))):
             if n == 0 and start:
                 kept.times += [t, None]
                 steps.append(_midpoint(t, t_next))
@@ -112,7 +112,7 @@ class DPMSolver:
 
     def lay_out(self, nfe: int, grid: Grid) -> tuple[Step, ...]:
         """Write `nfe` steps of one evaluation each."""
-        times = grid(nfe)
+        times = _forward(grid(nfe))
         steps: list[Step] = []
         for n, (t, t_next) in enumerate(pairwise(times)):
             scale = (1.0 - t_next) / (1.0 - t)
@@ -165,7 +165,7 @@ class UniPC:
 
     def lay_out(self, nfe: int, grid: Grid) -> tuple[Step, ...]:
         """Write `nfe` steps, two evaluations in the first and none in the last."""
-        times = grid(nfe)
+        times = _forward(grid(nfe))
         steps: list[Step] = []
         for n, (t, t_next) in enumerate(pairwise(times)):
             order = min(self.order, n + 1)
@@ -244,6 +244,15 @@ def exponential_weights(
     raw = integrals([of(x) for x in nodes], of(t), end, lambda tau: factor * math.exp(tau - end))
     # They sum to 1 - scale: let rounding of the quadrature not move a constant.
     return (*raw[:-1], 1.0 - scale - math.fsum(raw[:-1]))
+
+
+def _forward(times: tuple[float, ...]) -> tuple[float, ...]:
+    if times[-1] < times[0]:
+        raise ValueError(
+            "exponential methods run from noise to data only, and the end comes before the start; "
+            "take a Runge-Kutta or Adams method, such as 'midpoint' or 'pec2'"
+        )
+    return times
 
 
 def _log_snr(t: float) -> float:

@@ -10,7 +10,7 @@ from typing import ClassVar, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from flowsolvers.context import Context, evaluate, model_rows
+from flowsolvers.context import Context, evaluate, jumps, model_rows
 from flowsolvers.rules import Rule, guidance_rule
 from flowsolvers.velocity import Velocity
 
@@ -70,7 +70,7 @@ class Guided:
                 getattr(self.rule, "reset", _nothing)()
             if context.t < self.zero_until:
                 return torch.zeros_like(x)
-            if not low <= context.t <= high:
+            if not context.within(low, high):
                 return evaluate(self.cond, t, x, context)
         c, u = self.pair(t, x, context)
         if u.shape != c.shape:
@@ -90,9 +90,14 @@ class Guided:
         if context is not None:
             if context.t < self.zero_until:
                 return 0
-            if not self.interval[0] <= context.t <= self.interval[1]:
+            if not context.within(*self.interval):
                 return model_rows(self.cond, context)
         return self.pair_rows(context)
+
+    @property
+    def jumps(self) -> tuple[float, ...]:
+        """Times at which the velocity jumps: `solve` puts steps' ends there and starts anew."""
+        return (*self.interval, self.zero_until, *jumps(self.cond))
 
     def _combine(
         self, c: Tensor, u: Tensor, scale: float | Tensor, context: Context | None
@@ -151,8 +156,10 @@ def guided(
             unknown, `zero_until` is outside [0, 1); or, when called, c and u differ in shape,
             or a channel is out of range.
 
-    Convention: Both ends of the interval are inside. What is outside is not evaluated if the
-        solver passes a `Context`; without one both velocities are, and v is chosen on the device.
+    Convention: Both ends of the interval are inside, but for steps that lead away from them. What
+        is outside is not evaluated if the solver passes a `Context`; without one both velocities
+        are, and v is chosen on the device. Edges between 0 and 1 are `jumps`, at which `solve`
+        ends a step.
 
     Source: Ho & Salimans, Classifier-Free Diffusion Guidance, arXiv 2207.12598, with the scale
         counted from the unconditional velocity (their w is s - 1). Interval: Kynkäänniemi et
@@ -237,7 +244,7 @@ def guided_batch(
 
     made = _rule(rule)
     _check(scale, interval, zero_until)
-    alone = _Half(first_half, rows) if cond is None else cond
+    alone = _Half(first_half, rows, jumps(velocity)) if cond is None else cond
     return Guided(alone, pair, scale, interval, made, channels, dim, zero_until, rows)
 
 
@@ -247,6 +254,7 @@ class _Half:
 
     first_half: Callable[[Tensor, Tensor, Context | None], Tensor]
     rows: Callable[[Context | None], int]
+    jumps: tuple[float, ...]
     takes_context: ClassVar[bool] = True
 
     def __call__(self, t: Tensor, x: Tensor, *, context: Context | None = None) -> Tensor:
@@ -269,6 +277,11 @@ class _Composed:
     def rows(self, context: Context | None = None) -> int:
         velocities = [self.base, *(velocity for velocity, _ in self.terms)]
         return sum(model_rows(velocity, context) for velocity in velocities)
+
+    @property
+    def jumps(self) -> tuple[float, ...]:
+        velocities = [self.base, *(velocity for velocity, _ in self.terms)]
+        return tuple(t for velocity in velocities for t in jumps(velocity))
 
 
 def composed(uncond: Velocity, terms: Sequence[tuple[Velocity, Scale]]) -> Velocity:

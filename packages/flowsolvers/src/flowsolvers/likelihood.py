@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowsolvers.curves import uniform
 from flowsolvers.layout import plan
 from flowsolvers.solve import solve
 from flowsolvers.velocity import Velocity
@@ -70,8 +69,8 @@ def log_likelihood(
 
     Raises:
         ValueError: x1 is not floating point or has no batch; a number is out of range; there is
-            no generator to draw probes from, or it is on another device; the solver is unknown
-            or exponential; or the schedule depends on the number of steps (`terminal`).
+            no generator to draw probes from, or it is on another device; or the solver is unknown
+            or exponential.
 
     Source: Chen et al., Neural Ordinary Differential Equations, arXiv 1806.07366; Grathwohl et
         al., FFJORD, arXiv 1810.01367, with one probe for the whole solve.
@@ -89,39 +88,28 @@ def log_likelihood(
         )
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes!r}")
-    backwards = plan(solver, nfe=nfe, schedule=_mirrored(schedule or uniform()))
-    if any(row.keep != (0.0, 1.0) for step in backwards.steps for row in step.rows):
-        raise ValueError(
-            f"solver {solver!r} runs from noise to data only; take a Runge-Kutta or Adams method, "
-            f"such as 'midpoint' or 'ab2'"
-        )
+    backwards = plan(solver, nfe=nfe, schedule=schedule, start=1.0, end=0.0)
     signs = None if exact else _signs(x1, probes, generator)
-    state, shape = torch.float64 if x1.dtype == torch.float64 else torch.float32, x1.shape
+    shape = x1.shape
 
-    def augmented(back: Tensor, y: Tensor) -> Tensor:
+    def augmented(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            x = y[:, :-1].reshape(shape).to(x1.dtype).detach().requires_grad_()
-            v = velocity(1.0 - back, x)
+            x = state[0].to(x1.dtype).detach().requires_grad_()
+            v = velocity(t, x)
             if v.shape != shape:
                 raise ValueError(
                     f"velocity returned shape {tuple(v.shape)} for x of shape {tuple(shape)}; "
                     f"it must return dx/dt, shaped like x"
                 )
             divergence = _divergence(v, x, signs)
-        flat = v.detach().reshape(len(x), -1).to(state)
-        return -torch.cat([flat, divergence.to(state)[:, None]], 1)
+        return v.detach(), divergence
 
     with torch.no_grad():
-        flat = x1.detach().reshape(len(x1), -1).to(state)
-        y = solve(augmented, torch.cat([flat, flat.new_zeros(len(x1), 1)], 1), plan=backwards).x
-        x0 = y[:, :-1].reshape(shape)
+        precise = torch.float64 if x1.dtype == torch.float64 else torch.float32
+        volume = torch.zeros(len(x1), dtype=precise, device=x1.device)
+        x0, volume = solve(augmented, (x1.detach(), volume), plan=backwards).x
         log_prior = (_standard_normal if prior is None else prior)(x0)
-    return Likelihood(log_prior + y[:, -1], x0, nfe)
-
-
-def _mirrored(schedule: Schedule) -> Schedule:
-    """The same times, counted from data."""
-    return Schedule(f"{schedule} backwards", lambda u: 1.0 - schedule(1.0 - u))
+    return Likelihood(log_prior + volume, x0, nfe)
 
 
 def _signs(x1: Tensor, probes: int, generator: torch.Generator | None) -> Tensor:

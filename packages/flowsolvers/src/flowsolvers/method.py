@@ -9,7 +9,8 @@ from flowsolvers.plan import Step
 
 __all__ = ["Grid", "Method"]
 
-#: Number of steps to the times of their ends: one more number, increasing from 0 to 1.
+#: Number of steps to the times of their ends: one more number, increasing from 0 to 1, or from
+#: one time between to another, or decreasing.
 Grid: TypeAlias = Callable[[int], tuple[float, ...]]
 
 
@@ -33,6 +34,7 @@ class Method(Protocol):
             The steps, with `nfe` rows in all.
 
         Raises:
-            ValueError: The method has no table for this number or these times.
+            ValueError: The method has no table for this number or these times, such as decreasing
+                ones.
         """
         ...

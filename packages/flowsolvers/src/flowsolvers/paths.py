@@ -14,7 +14,7 @@ from typing import ClassVar, Literal, TypeAlias, cast, get_args
 import torch
 from torch import Tensor
 
-from flowsolvers.context import Context, evaluate, model_rows
+from flowsolvers.context import Context, evaluate, jumps, model_rows
 from flowsolvers.spelling import closest_first
 from flowsolvers.velocity import Velocity
 
@@ -193,6 +193,10 @@ class _Converted:
 
     def rows(self, context: Context | None = None) -> int:
         return model_rows(self.model, context)
+
+    @property
+    def jumps(self) -> tuple[float, ...]:
+        return jumps(self.model)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Step:
-    """From one time to the next, x ← scale·x + Σ_i weights[i]·r_i.
+    """From one time to another, x ← scale·x + Σ_i weights[i]·r_i.
 
     Args:
         t: Where the step starts.
@@ -58,7 +58,7 @@ class Step:
         scale: Of x, the state at the step's start.
 
     Raises:
-        ValueError: The step does not go forward, or a number is not finite.
+        ValueError: The step ends where it starts, or a number is not finite.
 
     Example:
         >>> from flowsolvers import plan
@@ -73,9 +73,9 @@ class Step:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        """Prove that it goes forward, in numbers."""
-        if not self.t < self.t_next:
-            raise ValueError(f"a step must go forward, got t={self.t!r} to {self.t_next!r}")
+        """Prove that it goes somewhere, in numbers."""
+        if self.t == self.t_next:
+            raise ValueError(f"a step must go somewhere, got t={self.t!r} to {self.t_next!r}")
         numbers = [self.t, self.t_next, self.scale, *self.weights]
         for row in self.rows:
             numbers += [row.t, row.scale, *row.keep, *row.weights]
@@ -90,11 +90,12 @@ class Plan:
     Args:
         solver: Name of the solver, for reading.
         schedule: Name of the time grid, for reading.
-        steps: In order, each starting where the one before it ends, within [0, 1].
+        steps: In order, each starting where the one before it ends, within [0, 1]; all towards
+            data, or all towards noise.
 
     Raises:
-        ValueError: There is no step, the steps do not follow one another, or a weight refers to
-            an evaluation before the first.
+        ValueError: There is no step, the steps do not follow one another or not one way, or a
+            weight refers to an evaluation before the first.
 
     Example:
         >>> from flowsolvers import plan
@@ -111,22 +112,26 @@ class Plan:
     steps: tuple[Step, ...]
     #: After each step, how many of the newest evaluations later rows or ends combine.
     carried: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    #: What is derived from the plan and made once, such as its times on a device.
+    memo: dict[Any, Any] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Prove that the steps are one path."""
         if not self.steps:
             raise ValueError("a plan needs at least one step, got none")
-        if not 0.0 <= self.steps[0].t < self.steps[-1].t_next <= 1.0:
-            raise ValueError(
-                f"a plan must stay in [0, 1], got t={self.steps[0].t!r} to "
-                f"{self.steps[-1].t_next!r}"
-            )
+        start, end = self.steps[0].t, self.steps[-1].t_next
+        if not (min(start, end) >= 0.0 and max(start, end) <= 1.0):
+            raise ValueError(f"a plan must stay in [0, 1], got t={start!r} to {end!r}")
         for before, after in pairwise(self.steps):
             if before.t_next != after.t:
                 raise ValueError(
                     f"a step ends at t={before.t_next!r}, but the next starts at {after.t!r}; "
                     f"steps must follow one another"
                 )
+        if len({step.t < step.t_next for step in self.steps}) > 1:
+            raise ValueError(
+                "some steps go towards data and some towards noise; all must go one way"
+            )
         kept = 0
         for step in self.steps:
             for row in step.rows:
@@ -135,10 +140,19 @@ class Plan:
             _check_reach(step.weights, kept, step.t_next)
         object.__setattr__(self, "carried", self._count_carried())
 
+    def __reduce__(self) -> tuple[type[Plan], tuple[Any, ...]]:
+        """Copy and pickle the numbers alone."""
+        return type(self), (self.solver, self.schedule, self.steps)
+
     @property
     def nfe(self) -> int:
         """Velocity evaluations in all."""
         return sum(len(step.rows) for step in self.steps)
+
+    @property
+    def times(self) -> tuple[float, ...]:
+        """Where the steps end, and before them where the first starts."""
+        return (self.steps[0].t, *(step.t_next for step in self.steps))
 
     def __str__(self) -> str:
         """Draw the table, one line for each evaluation and each step's end."""
@@ -178,8 +192,12 @@ class Plan:
             >>> Plan.from_json(plan(nfe=7).to_json()) == plan(nfe=7)
             True
         """
-        data = {"format": _FORMAT, **asdict(self)}
-        del data["carried"]  # follows from the steps
+        data = {
+            "format": _FORMAT,
+            "solver": self.solver,
+            "schedule": self.schedule,
+            "steps": [asdict(step) for step in self.steps],
+        }
         return json.dumps(data, allow_nan=False)
 
     @classmethod

@@ -123,18 +123,23 @@ class Schedule:
             raise ValueError(f"u must be in [0, 1], got {u!r}")
         return _slope(self.warp, u)
 
-    def grid(self, steps: int) -> tuple[float, ...]:
-        """Lay out the times of a number of steps.
+    def grid(self, steps: int, start: float = 0.0, end: float = 1.0) -> tuple[float, ...]:
+        """Lay out the times of a number of steps, all equal in u.
 
         Args:
             steps: At least 1.
+            start: Time to start from, in [0, 1]; above 0 the steps share the part of the curve
+                from there on, so that they are as long at each noise level as they were.
+            end: Time to end at, in [0, 1]; before start, for the way back to noise.
 
         Returns:
-            `steps + 1` strictly increasing times, the first exactly 0 and the last exactly 1.
+            `steps + 1` times that strictly increase, or decrease, the first and the last exactly
+            what was asked for.
 
         Raises:
-            ValueError: `steps` is less than 1, an end is off by more than 1e-9, or two
-                neighbours do not increase.
+            ValueError: `steps` is less than 1, start and end are one or outside [0, 1], an end is
+                off by more than 1e-9, two neighbours do not increase, or a part is asked of a
+                schedule that depends on the number of steps (`terminal`).
 
         Example:
             >>> from flowsolvers import shift
@@ -150,7 +155,18 @@ class Schedule:
                 f"schedule {self} runs from {ends[0]!r} to {ends[1]!r}; it must run from 0 to 1, "
                 f"so rescale it: (warp(u) - warp(0)) / (warp(1) - warp(0))"
             )
-        times = (0.0, *(warp(i / steps) for i in range(1, steps)), 1.0)
+        if start > end:
+            return self.grid(steps, end, start)[::-1]
+        if not 0.0 <= start < end <= 1.0:
+            raise ValueError(
+                f"start and end must be two times in [0, 1], got start={start!r} and end={end!r}"
+            )
+        low, high = 0.0, 1.0
+        if (start, end) != (0.0, 1.0):
+            inverse = self.inverse()
+            low, high = inverse(start), inverse(end)
+        inner = (warp(low + (high - low) * i / steps) for i in range(1, steps))
+        times = (start, *inner, end)
         for i, (t, t_next) in enumerate(pairwise(times)):
             if not t < t_next:
                 raise ValueError(

@@ -1,0 +1,138 @@
+"""A plan as the loop reads it: sums without their zeros, times on the device, all made once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowsolvers.context import Context
+from flowsolvers.plan import Plan, Row, Step
+
+__all__ = ["End", "Move", "Point", "Sum", "contexts", "moves"]
+
+
+class Sum(NamedTuple):
+    """scale·x + Σ weight·kept[index]; indices count from the newest, -1."""
+
+    scale: float
+    terms: tuple[tuple[int, float], ...]
+
+
+class Point(NamedTuple):
+    """Where to evaluate and what to keep; None stands for x itself, and for the velocity."""
+
+    sum: Sum | None
+    keep: tuple[float, float] | None
+    row: Row
+
+
+class End(NamedTuple):
+    """Where a step ends, x + weight·kept[index] + the others, unless it needs the whole `sum`.
+
+    Args:
+        index: Of the first term; 0 where x is scaled, or nothing is added.
+        weight: Of the first term.
+        others: The other terms.
+        dropped: How many of what was kept, the oldest, nothing needs any more.
+        sum: All of it.
+        number: Of the step.
+        step: The step.
+    """
+
+    index: int
+    weight: float
+    others: tuple[tuple[int, float], ...]
+    dropped: int
+    sum: Sum
+    number: int
+    step: Step
+
+
+class Move(NamedTuple):
+    """An evaluation, the end of a step, or both, one after the other.
+
+    Args:
+        tick: The evaluation's time on the device, or that and its `Context`; None without one.
+        plain: Whether the velocity is evaluated at x itself and kept.
+        point: Where it is evaluated; None if it is not.
+        end: The step's end, if it is one.
+    """
+
+    tick: Tensor | tuple[Tensor, Context] | None
+    plain: bool
+    point: Point | None
+    end: End | None
+
+
+def moves(
+    plan: Plan, dtype: torch.dtype, device: torch.device, *, contextual: bool
+) -> tuple[Move, ...]:
+    """Write a plan as moves, with all times on the device; a second time, give the first answer.
+
+    So nothing is copied in the loop, and a solve repeated under CUDA graph capture copies nothing.
+    """
+    key = (dtype, device, contextual)
+    remember = not torch.compiler.is_compiling()
+    if remember and key in plan.memo:
+        return plan.memo[key]
+    times = [row.t for step in plan.steps for row in step.rows]
+    ticks: list[Any] = list(torch.tensor(times, dtype=dtype, device=device).unbind())
+    if contextual:
+        ticks = list(zip(ticks, contexts(plan), strict=True))
+    found = tuple(_moves(plan, iter(ticks)))
+    if remember:
+        plan.memo[key] = found
+    return found
+
+
+def _moves(plan: Plan, ticks: Iterator[Any]) -> Iterator[Move]:
+    kept = 0
+    for number, (step, carried) in enumerate(zip(plan.steps, plan.carried, strict=True)):
+        kept += len(step.rows)
+        dropped, kept = max(kept - carried, 0), min(kept, carried)
+        whole = _sum(step)
+        (index, weight), *others = whole.terms if step.scale == 1.0 and whole.terms else [(0, 0.0)]
+        end = End(index, weight, tuple(others), dropped, whole, number, step)
+        for row in step.rows[:-1]:
+            yield _evaluation(row, next(ticks), None)
+        if step.rows:
+            yield _evaluation(step.rows[-1], next(ticks), end)
+        else:
+            yield Move(None, False, None, end)
+
+
+def _evaluation(row: Row, tick: Any, end: End | None) -> Move:
+    stays = row.scale == 1.0 and not any(row.weights)
+    keeps = row.keep == (0.0, 1.0)
+    point = Point(None if stays else _sum(row), None if keeps else row.keep, row)
+    return Move(tick, stays and keeps, point, end)
+
+
+def _sum(table: Row | Step) -> Sum:
+    first = -len(table.weights)
+    return Sum(table.scale, tuple((first + i, w) for i, w in enumerate(table.weights) if w))
+
+
+def contexts(plan: Plan) -> list[Context]:
+    """Say of each evaluation where it stands."""
+    found: list[Context] = []
+    for index, step in enumerate(plan.steps):
+        for stage, row in enumerate(step.rows):
+            count = len(found)
+            found.append(
+                Context(
+                    t=row.t,
+                    t_next=step.t_next,
+                    step=index,
+                    steps=len(plan.steps),
+                    stage=stage,
+                    evaluation=count,
+                    evaluations=plan.nfe,
+                    is_last=count == plan.nfe - 1,
+                    t_start=step.t,
+                )
+            )
+    return found
