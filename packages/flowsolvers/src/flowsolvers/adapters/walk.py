@@ -18,8 +18,8 @@ _VELOCITY = (0.0, 1.0)
 class Walk:
     """Where a plan stands: the point to evaluate next, and what was kept of those before.
 
-    Every product and every sum is rounded by itself, as in x + h·v written out. `solve` fuses the
-    two, which rounds once, so the results may differ in the last bits.
+    A sum with one product, as in Euler's x + h·v, is rounded twice, as it is written and as
+    diffusers computes it. `solve` fuses the two, which rounds once and may differ in the last bit.
 
     Args:
         plan: The table.
@@ -117,10 +117,13 @@ class Walk:
     def _combine(self, table: Row | Step) -> Tensor:
         """Return scale·x + Σ_i weights[i]·kept."""
         total = self._x if table.scale == 1.0 else self._x * table.scale
-        weights = table.weights
-        for weight, (_, r) in zip(weights, self._kept[-len(weights) or None :], strict=False):
-            if weight:
-                total = (r * weight).add_(total)
+        recent = self._kept[len(self._kept) - len(table.weights) :]
+        terms = [(w, r) for w, (_, r) in zip(table.weights, recent, strict=True) if w]
+        if len(terms) == 1:
+            weight, r = terms[0]
+            return (r * weight).add_(total)
+        for weight, r in terms:
+            total = total.add(r, alpha=weight) if total is self._x else total.add_(r, alpha=weight)
         return total
 
 
