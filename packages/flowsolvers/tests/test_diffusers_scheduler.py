@@ -331,6 +331,25 @@ def _planned(scheduler: FlowScheduler, nfe: int) -> fs.Plan:
     return scheduler.plan
 
 
+def test_the_folder_of_another_scheduler_is_read(tmp_path) -> None:
+    FlowMatchEulerDiscreteScheduler(shift=3.0, max_shift=1.3).save_pretrained(tmp_path)
+    loaded = FlowScheduler.from_pretrained(tmp_path, solver="pec1")
+    config = loaded.config
+    assert (config.solver, config.shift, config.max_shift) == ("pec1", 3.0, 1.3)
+
+
+def test_a_solvers_own_grid_goes_before_even_sigmas(monkeypatch) -> None:
+    def own(solver: str, *, nfe: int) -> fs.Plan:
+        return fs.plan(solver, nfe=nfe, schedule=fs.cosine())
+
+    monkeypatch.setattr("flowsolvers.adapters.diffusers.lay_out", own)
+    scheduler = FlowScheduler(solver="euler", shift=2.0)
+    for given in ({"num_inference_steps": 6}, {"sigmas": np.linspace(1.0, 1 / 6, 6)}):
+        scheduler.set_timesteps(**given)
+        assert scheduler.plan.schedule == "shift:2@cosine"
+        assert scheduler.plan.steps[2].t == pytest.approx((fs.shift(2.0) @ fs.cosine())(1 / 3))
+
+
 def test_the_shift_of_other_flow_schedulers_is_taken_over() -> None:
     for theirs in (
         UniPCMultistepScheduler(

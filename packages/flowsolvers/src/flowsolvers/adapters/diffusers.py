@@ -116,8 +116,8 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         time_shift_type: str = "exponential",
         shift_terminal: float | None = None,
     ) -> None:
+        lay_out(solver, nfe=1)
         self._own_schedule(1)
-        method(solver)
         if time_shift_type not in ("exponential", "linear"):
             raise ValueError(
                 f"time_shift_type must be 'exponential' or 'linear', got {time_shift_type!r}"
@@ -228,7 +228,10 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         """
         shifted = timesteps is not None
         if sigmas is not None and shifted:
-            raise ValueError("both sigmas and timesteps are given; give one of them")
+            raise ValueError(
+                "both sigmas and timesteps are given; a model that is told other times than its "
+                "levels of noise has no part here, so give one of them"
+            )
         count = self._settings.num_train_timesteps
         given = [float(t) / count for t in timesteps] if timesteps is not None else sigmas
         levels = None if given is None else _falling(given)
