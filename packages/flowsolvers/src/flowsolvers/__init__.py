@@ -39,6 +39,7 @@ from flowsolvers.watch import NotFiniteError, Reached
 
 if TYPE_CHECKING:
     from flowsolvers.bar import progress
+    from flowsolvers.citations import citation
     from flowsolvers.diffusion import diffusion_coefficient, sample_sde
     from flowsolvers.fitting import fit_schedule, fitted
     from flowsolvers.guidance import Guided, composed, guided, guided_batch
@@ -70,6 +71,7 @@ __all__ = [
     "Velocity",
     "__version__",
     "beta",
+    "citation",
     "composed",
     "contextual",
     "cosine",
@@ -118,6 +120,7 @@ _LATER = {
     "Momentum": "rules",
     "Path": "paths",
     "Renorm": "rules",
+    "citation": "citations",
     "composed": "guidance",
     "diffusion_coefficient": "diffusion",
     "fit_schedule": "fitting",
