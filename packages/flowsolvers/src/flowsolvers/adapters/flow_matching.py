@@ -13,24 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowsolvers.likelihood import log_likelihood
-from flowsolvers.piecewise import from_times
+from flowsolvers.likelihood import probe_signs, with_divergence
 from flowsolvers.plan import Plan
-from flowsolvers.registry import method as registered
 from flowsolvers.solve import solve
 from flowsolvers.spelling import closest_first
-from flowsolvers.tableaus import Tableau
-from flowsolvers.velocity import Velocity
+from flowsolvers.states import State
+from flowsolvers.tableaus import EULER, HEUN, HEUN3, MIDPOINT, RK38, Tableau
 
 __all__ = ["ODESolver"]
 
-#: Methods of fixed steps by the names of torchdiffeq, and ours.
-_FIXED = {
-    "euler": "euler",
-    "midpoint": "midpoint",
-    "heun2": "heun",
-    "heun3": "heun3",
-    "rk4": "rk38",  # torchdiffeq's rk4 is the 3/8 rule
+#: Methods of fixed steps by the names of torchdiffeq, whose rk4 is the 3/8 rule.
+_FIXED: dict[str, Tableau] = {
+    "euler": EULER,
+    "midpoint": MIDPOINT,
+    "heun2": HEUN,
+    "heun3": HEUN3,
+    "rk4": RK38,
 }
 
 _FORWARD, _BACKWARD = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
@@ -93,17 +91,11 @@ class ODESolver:
             ValueError: The method is unknown or not available, the step is not greater than 0, or
                 the times are fewer than two, leave [0, 1] or do not go one way.
         """
-        times = _times(time_grid)
-
-        def velocity(t: Tensor, x: Tensor) -> Tensor:
-            return self.velocity_model(x=x, t=t, **model_extras)
-
+        velocity, times = self._velocity(model_extras), _times(time_grid)
         with torch.set_grad_enabled(enable_grad):
-            if method in _FIXED:
-                states = _fixed(velocity, x_init, times, step_size, method)
-            else:
-                states = _adaptive(velocity, x_init, times, method, atol, rtol)
-            return torch.stack(states) if return_intermediates else states[-1]
+            states = _states(velocity, x_init, times, step_size, method, atol, rtol)
+            found = torch.stack(states) if return_intermediates else states[-1]
+            return found.to(x_init.dtype)
 
     def compute_likelihood(
         self,
@@ -154,70 +146,66 @@ class ODESolver:
                 f"time_grid must run from 1 to 0 for a likelihood, got {times[0]:g} to "
                 f"{times[-1]:g}"
             )
-        if method not in _FIXED:
-            _adaptive(self.velocity_model, x_1, times, method, atol, rtol)
-        ends, marks = _divided(times, step_size)
-        tableau, evaluations = _tableau(method), 0
-        starts: list[Tensor] = []  # of steps
-
-        def velocity(t: Tensor, x: Tensor) -> Tensor:
-            nonlocal evaluations
-            if return_intermediates and evaluations % tableau.stages == 0:
-                starts.append(x.detach())
-            evaluations += 1
-            return self.velocity_model(x=x, t=t, **model_extras)
-
-        generator = None
+        signs = None
         if not exact_divergence:
             seed = int(torch.randint(2**62, ()).item())
-            generator = torch.Generator(x_1.device).manual_seed(seed)
-        found = log_likelihood(
-            velocity,
-            x_1,
-            nfe=tableau.stages * (len(ends) - 1),
-            solver=_FIXED[method],
-            schedule=from_times(ends[::-1]),
-            exact=exact_divergence,
-            generator=generator,
-            prior=log_p0,
-        )
-        if not return_intermediates:
-            return found.x0, found.log_density
-        states = [*starts, found.x0]
-        return torch.stack([states[i].to(found.x0.dtype) for i in marks]), found.log_density
+            signs = probe_signs(x_1, 1, torch.Generator(x_1.device).manual_seed(seed))
+        augmented = with_divergence(self._velocity(model_extras), x_1, signs)
+        with torch.no_grad():
+            precise = torch.float64 if x_1.dtype == torch.float64 else torch.float32
+            volume = torch.zeros(len(x_1), dtype=precise, device=x_1.device)
+            states = _states(augmented, (x_1, volume), times, step_size, method, atol, rtol)
+            x_0, volume = states[-1]
+            log_p = log_p0(x_0) + volume
+            found = torch.stack([x for x, _ in states]) if return_intermediates else x_0
+        return found, log_p
+
+    def _velocity(self, extras: dict[str, Any]) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda t, x: self.velocity_model(x=x, t=t, **extras)
+
+
+def _states(
+    velocity: Callable[[Tensor, State], State],
+    x: State,
+    times: list[float],
+    step_size: float | None,
+    method: str,
+    atol: float,
+    rtol: float,
+) -> list[State]:
+    """Give the states at the times, x at the first."""
+    if method in _FIXED:
+        return _fixed(velocity, x, times, step_size, _FIXED[method])
+    return _adaptive(velocity, x, times, method, atol, rtol)
 
 
 def _fixed(
-    velocity: Velocity, x: Tensor, times: list[float], step_size: float | None, method: str
-) -> list[Tensor]:
-    """Solve by a method of fixed steps; give the states at the times."""
+    velocity: Callable[[Tensor, State], State],
+    x: State,
+    times: list[float],
+    step_size: float | None,
+    tableau: Tableau,
+) -> list[State]:
     ends, marks = _divided(times, step_size)
-    tableau = _tableau(method)
     steps = tuple(tableau.step(t, t_next) for t, t_next in pairwise(ends))
-    path = solve(velocity, x, plan=Plan(method, "time_grid", steps), trajectory=True).trajectory
-    states = [x] if path is None else path
-    return [states[i].to(x.dtype) for i in marks]
+    plan = Plan("fixed", "time_grid", steps)
+    if len(marks) == 2:  # nobody sees the states between
+        return [x, solve(velocity, x, plan=plan).x]
+    path = solve(velocity, x, plan=plan, trajectory=True).trajectory
+    return [] if path is None else [path[i] for i in marks]
 
 
 def _adaptive(
-    velocity: Callable[..., Tensor],
-    x: Tensor,
+    velocity: Callable[[Tensor, State], State],
+    x: State,
     times: list[float],
     method: str,
     atol: float,
     rtol: float,
-) -> list[Tensor]:
-    """Solve to a tolerance; give the states at the times."""
+) -> list[State]:
     del velocity, x, times, atol, rtol
     names = ", ".join(closest_first(method, _FIXED))
     raise ValueError(f"method {method!r} is not available here; accepted, closest first: {names}")
-
-
-def _tableau(method: str) -> Tableau:
-    found = registered(_FIXED[method])
-    if not isinstance(found, Tableau):
-        raise ValueError(f"the solver {_FIXED[method]!r} is no longer a Tableau")
-    return found
 
 
 def _times(grid: Tensor | Iterable[float]) -> list[float]:
