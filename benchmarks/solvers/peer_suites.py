@@ -48,20 +48,25 @@ class Result(unittest.TestResult):
         self.parents: set[str] = set()
 
     def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:  # noqa: N802
+        """Count a subtest."""
         self.parents.add(test.id())
         self._note(subtest, err)
 
     def addSuccess(self, test: Any) -> None:  # noqa: N802
+        """Count a test without subtests."""
         if test.id() not in self.parents:
             self._note(test, None)
 
     def addFailure(self, test: Any, err: Any) -> None:  # noqa: N802
+        """Count a failed test."""
         self._note(test, err)
 
     def addError(self, test: Any, err: Any) -> None:  # noqa: N802
+        """Count a test that raised."""
         self._note(test, err)
 
     def addSkip(self, test: Any, reason: str) -> None:  # noqa: N802
+        """Count a test that its suite skips."""
         self.counts.skipped[reason] += 1
 
     def _note(self, test: Any, err: Any) -> None:

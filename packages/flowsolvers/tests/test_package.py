@@ -39,6 +39,7 @@ def test_public_names_are_these():
         "Velocity",
         "__version__",
         "beta",
+        "citation",
         "composed",
         "contextual",
         "cosine",

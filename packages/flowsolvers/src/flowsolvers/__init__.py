@@ -40,6 +40,7 @@ from flowsolvers.watch import NotFiniteError, Reached
 if TYPE_CHECKING:
     from flowsolvers.adaptive import AdaptiveError, AdaptiveSolution, solve_adaptive
     from flowsolvers.bar import progress
+    from flowsolvers.citations import citation
     from flowsolvers.control import Controller
     from flowsolvers.diffusion import diffusion_coefficient, sample_sde
     from flowsolvers.fitting import fit_schedule, fitted
@@ -77,6 +78,7 @@ __all__ = [
     "Velocity",
     "__version__",
     "beta",
+    "citation",
     "composed",
     "contextual",
     "cosine",
@@ -131,6 +133,7 @@ _LATER = {
     "Pair": "pairs",
     "Path": "paths",
     "Renorm": "rules",
+    "citation": "citations",
     "composed": "guidance",
     "diffusion_coefficient": "diffusion",
     "embedded_pair": "pairs",

@@ -55,7 +55,7 @@ def execute(
                 watch.evaluated(point, at, kept[-1])
             del at, v  # what the model made is freed as soon as nothing needs it
         if end is not None:
-            index, weight, others, dropped, whole, _, _ = end
+            index, weight, others, dropped, freed, whole, _, _ = end
             if index:
                 x = add(x, kept[index], alpha=weight)
                 for index, weight in others:
@@ -64,6 +64,8 @@ def execute(
                 x = _combine(x, whole, kept, sums)
             if dropped:
                 del kept[:dropped]
+            for index in freed:
+                kept[index] = None
             if watch is not None:
                 x = watch.reached(end, x)
                 if watch.stopped:

@@ -139,8 +139,11 @@ class UniPC:
     R rho = b, R_ki = r_i^(k-1), b_k = k! phi_{k+1}(hh) hh / B; one rho is 1/2.
 
     Args:
-        order: Of the method, 1 to 3.
+        predictor: p, how many predictions of the data the predictor combines, 1 to 3; the order
+            of convergence is p + 1, in log-SNR.
         solver: "bh2" or "bh1".
+        last_lower_order: Whether the last steps lower the order although the end is before t = 1,
+            as diffusers has it.
 
     Raises:
         ValueError: A number or a name is not one of these.
@@ -152,25 +155,32 @@ class UniPC:
         [2, 1, 0]
     """
 
-    order: int = 2
+    predictor: int = 2
     solver: Literal["bh1", "bh2"] = "bh2"
+    last_lower_order: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what is not a method."""
-        if self.order not in range(1, 4) or self.solver not in ("bh1", "bh2"):
+        if self.predictor not in range(1, 4) or self.solver not in ("bh1", "bh2"):
             raise ValueError(
-                f"order must be 1 to 3 and solver 'bh1' or 'bh2', got {self.order!r} and "
+                f"predictor must be 1 to 3 and solver 'bh1' or 'bh2', got {self.predictor!r} and "
                 f"{self.solver!r}"
             )
+
+    @property
+    def order(self) -> int:
+        """Order of convergence."""
+        return self.predictor + 1
 
     def lay_out(self, nfe: int, grid: Grid) -> tuple[Step, ...]:
         """Write `nfe` steps, two evaluations in the first and none in the last."""
         times = _forward(grid(nfe))
         steps: list[Step] = []
         for n, (t, t_next) in enumerate(pairwise(times)):
-            order = min(self.order, n + 1)
+            order = min(self.predictor, n + 1)
             last = n == len(times) - 2
-            order = min(order, len(times) - 1 - n)  # the last steps have no use for more
+            if self.last_lower_order or times[-1] == 1.0:  # towards infinite log-SNR
+                order = min(order, len(times) - 1 - n)
             if t == 0.0 or t_next == 1.0:
                 order = 1
             while order > 1 and times[n + 1 - order] == 0.0:  # log-SNR is infinite there

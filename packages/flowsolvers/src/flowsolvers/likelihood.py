@@ -14,7 +14,7 @@ from flowsolvers.solve import solve
 from flowsolvers.velocity import Velocity
 from flowsolvers.warps import Schedule
 
-__all__ = ["Likelihood", "log_likelihood"]
+__all__ = ["Likelihood", "log_likelihood", "probe_signs", "with_divergence"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,21 +89,8 @@ def log_likelihood(
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes!r}")
     backwards = plan(solver, nfe=nfe, schedule=schedule, start=1.0, end=0.0)
-    signs = None if exact else _signs(x1, probes, generator)
-    shape = x1.shape
-
-    def augmented(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            x = state[0].to(x1.dtype).detach().requires_grad_()
-            v = velocity(t, x)
-            if v.shape != shape:
-                raise ValueError(
-                    f"velocity returned shape {tuple(v.shape)} for x of shape {tuple(shape)}; "
-                    f"it must return dx/dt, shaped like x"
-                )
-            divergence = _divergence(v, x, signs)
-        return v.detach(), divergence
-
+    signs = None if exact else probe_signs(x1, probes, generator)
+    augmented = with_divergence(velocity, x1, signs)
     with torch.no_grad():
         precise = torch.float64 if x1.dtype == torch.float64 else torch.float32
         volume = torch.zeros(len(x1), dtype=precise, device=x1.device)
@@ -112,7 +99,49 @@ def log_likelihood(
     return Likelihood(log_prior + volume, x0, nfe)
 
 
-def _signs(x1: Tensor, probes: int, generator: torch.Generator | None) -> Tensor:
+def with_divergence(
+    velocity: Velocity, x1: Tensor, signs: Tensor | None
+) -> Callable[[Tensor, tuple[Tensor, Tensor]], tuple[Tensor, Tensor]]:
+    """Make a flow of x and the log of its volume from a flow of x.
+
+    Args:
+        velocity: `velocity(t, x) -> dx/dt`, differentiable in x.
+        x1: A state, `[B, ...]`, for its shape and the model's dtype.
+        signs: Probes, `[probes, B, ...]`; None for the exact divergence.
+
+    Returns:
+        A velocity of the state (x, log volume `[B]`). No gradient is kept.
+    """
+
+    def augmented(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = state[0].to(x1.dtype).detach().requires_grad_()
+            v = velocity(t, x)
+            if v.shape != x1.shape:
+                raise ValueError(
+                    f"velocity returned shape {tuple(v.shape)} for x of shape {tuple(x1.shape)}; "
+                    f"it must return dx/dt, shaped like x"
+                )
+            divergence = _divergence(v, x, signs)
+        return v.detach(), divergence
+
+    return augmented
+
+
+def probe_signs(x1: Tensor, probes: int, generator: torch.Generator | None) -> Tensor:
+    """Draw signs for Hutchinson's estimate.
+
+    Args:
+        x1: A state, `[B, ...]`.
+        probes: How many for each sample.
+        generator: Source of the signs, on x1's device.
+
+    Returns:
+        1 or -1, `[probes, B, ...]`, in x1's dtype.
+
+    Raises:
+        ValueError: There is no generator, or it is on another device.
+    """
     if generator is None:
         raise ValueError(
             "no generator to draw probes from; give one, as in "

@@ -37,6 +37,7 @@ class End(NamedTuple):
         weight: Of the first term.
         others: The other terms.
         dropped: How many of what was kept, the oldest, nothing needs any more.
+        freed: Of the rest, which were of use up to here, as indices from the newest.
         sum: All of it.
         number: Of the step.
         step: The step.
@@ -46,6 +47,7 @@ class End(NamedTuple):
     weight: float
     others: tuple[tuple[int, float], ...]
     dropped: int
+    freed: tuple[int, ...]
     sum: Sum
     number: int
     step: Step
@@ -89,19 +91,35 @@ def moves(
 
 
 def _moves(plan: Plan, ticks: Iterator[Any]) -> Iterator[Move]:
-    kept = 0
+    last_uses = _last_uses(plan)
+    made = kept = 0
     for number, (step, carried) in enumerate(zip(plan.steps, plan.carried, strict=True)):
+        made += len(step.rows)
         kept += len(step.rows)
         dropped, kept = max(kept - carried, 0), min(kept, carried)
+        freed = tuple(i - made for i in range(made - kept, made) if last_uses[i] == number)
         whole = _sum(step)
         (index, weight), *others = whole.terms if step.scale == 1.0 and whole.terms else [(0, 0.0)]
-        end = End(index, weight, tuple(others), dropped, whole, number, step)
+        end = End(index, weight, tuple(others), dropped, freed, whole, number, step)
         for row in step.rows[:-1]:
             yield _evaluation(row, next(ticks), None)
         if step.rows:
             yield _evaluation(step.rows[-1], next(ticks), end)
         else:
             yield Move(None, False, None, end)
+
+
+def _last_uses(plan: Plan) -> list[int]:
+    """Say of each evaluation which step is the last that combines it."""
+    found: list[int] = []
+    for number, step in enumerate(plan.steps):
+        for table in (*step.rows, step):
+            for index, weight in enumerate(reversed(table.weights), start=1):
+                if weight:
+                    found[-index] = number
+            if isinstance(table, Row):
+                found.append(number)
+    return found
 
 
 def _evaluation(row: Row, tick: Any, end: End | None) -> Move:

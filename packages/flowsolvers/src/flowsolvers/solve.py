@@ -23,8 +23,11 @@ from flowsolvers.watch import NotFiniteError, Observer, Reached, finite
 
 __all__ = ["Solution", "solve"]
 
-#: From this size on, on the CPU, looking at each step's end costs next to nothing.
+#: A state on the CPU that is smaller is looked at when all is done.
 _LARGE = 4096
+
+#: Beside a step of this many seconds, a look at its end costs next to nothing.
+_SLOW = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +97,9 @@ def solve(
         trajectory: Whether to return the states at all steps' ends.
         estimate: Whether to return an estimate of each step's error, which costs no evaluation,
             where steps evaluate at their own end (`heun`, `pec1` to `pec3`, `unipc2`, `unipc3`).
-        check: Whether to look after each step if the state is finite. None looks on the CPU, and
-            elsewhere, where that would wait for the device, at the end. False never looks.
+        check: Whether to look after each step if the state is finite. None looks after slow steps
+            on the CPU, and everywhere at the end; on other devices a look waits for the device.
+            False never looks.
 
     Returns:
         The state at the end, in the state's dtype, and what it took.
@@ -144,9 +148,10 @@ def solve(
             states=trajectory,
             estimate=estimate,
             look=closely,
+            unless_quicker=0.0 if check or on_step is not None else _SLOW,
         )
     found = execute(ask, x, program, observer)
-    if looks and not closely and not finite(found):
+    if looks and not check and not finite(found):
         if on_step is None:
             execute(ask, x, program, Observer(plan, spec, x, look=True))
         raise NotFiniteError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic
@@ -103,7 +104,8 @@ class Observer:
         on_step: Called at each step's end.
         states: Whether to keep the state at each step's end.
         estimate: Whether to compare steps' ends with what they were predicted to be.
-        look: Whether to look for numbers that are not finite at each step's end.
+        look: Whether to look for numbers that are not finite at steps' ends.
+        unless_quicker: Than this many seconds was the step, which a look would make slower.
     """
 
     def __init__(
@@ -116,8 +118,10 @@ class Observer:
         states: bool = False,
         estimate: bool = False,
         look: bool = False,
+        unless_quicker: float = 0.0,
     ) -> None:
         self._plan, self._spec, self._on_step, self._look = plan, spec, on_step, look
+        self._quick, self._begun = unless_quicker, time.perf_counter()
         self.states: list[Leaves] | None = [x] if states else None
         self.errors: list[Tensor] | None = [] if estimate else None
         self.evaluations = 0
@@ -125,21 +129,25 @@ class Observer:
         self.stopped = False
         self._x = x
         self._latest: tuple[Point, Leaves, Leaves] | None = None
-        self._bad: int | None = None
+        self._kept: list[Leaves] = []  # of this step, to tell which evaluation went wrong
 
     def evaluated(self, point: Point, at: Leaves, kept: Leaves) -> None:
         """See an evaluation at a point."""
-        if self._look and self._bad is None and not finite(kept):
-            self._bad = self.evaluations
         self.evaluations += 1
+        if self._look:
+            self._kept.append(kept)
         if self._on_step is not None or self.errors is not None:
             self._latest = point, at, kept
 
     def reached(self, end: End, x: Leaves) -> Leaves:
         """See the state at a step's end; give it back, or another in its place."""
         step = end.step
-        if self._look and not finite(x):
-            raise self._failure(end)
+        if self._look:
+            now = time.perf_counter()
+            if now - self._begun >= self._quick and not finite(x):
+                raise self._failure(end)
+            self._kept.clear()
+            self._begun = now
         if self.errors is not None:
             self.errors.append(self._estimate(end, x))
         if self._on_step is not None:
@@ -151,11 +159,12 @@ class Observer:
 
     def _failure(self, end: End) -> NotFiniteError:
         plan, step = self._plan, end.step
-        where = (
-            "its evaluations were finite, but their sum is not"
-            if self._bad is None
-            else f"the first was evaluation {self._bad} of {plan.nfe}, at t={self._time():.6g}"
-        )
+        first = self.evaluations - len(self._kept)
+        bad = [first + i for i, kept in enumerate(self._kept) if not finite(kept)]
+        where = "its evaluations were finite, but their sum is not"
+        if bad:
+            t = [row.t for step in plan.steps for row in step.rows][bad[0]]
+            where = f"the first was evaluation {bad[0]} of {plan.nfe}, at t={t:.6g}"
         return NotFiniteError(
             f"the state is NaN or infinite after step {end.number} of {len(plan.steps)}, from "
             f"t={step.t:.6g} to {step.t_next:.6g}; {where}. Look at what the model returns there; "
@@ -163,11 +172,8 @@ class Observer:
             unflatten(self._x, self._spec),
             step.t,
             end.number,
-            self._bad,
+            bad[0] if bad else None,
         )
-
-    def _time(self) -> float:
-        return [row.t for step in self._plan.steps for row in step.rows][self._bad or 0]
 
     def _estimate(self, end: End, x: Leaves) -> Tensor:
         """Root mean square of the step's end less its prediction, NaN if it has none."""
