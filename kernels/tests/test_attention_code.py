@@ -35,12 +35,11 @@ UNALIGNED = ("forward", 90, "bf16", 72, "dense", 1)
 
 
 def sizes_of(kernel, capability, dtype, width, parts):
-    case = (width, 4 if dtype == "fp32" else 2, divmod(capability, 10))
-    masked = "mask_ptr" in PARTS[parts]
+    case = (width, 4 if dtype == "fp32" else 2, divmod(capability, 10), "mask_ptr" in PARTS[parts])
     if kernel == "forward":
-        return attention_forward.blocks(*case, masked)
+        return attention_forward.blocks(*case)
     if kernel == "query-gradient":
-        return attention_backward.query_blocks(*case, masked)
+        return attention_backward.query_blocks(*case)
     return attention_backward.key_blocks(*case)
 
 
@@ -85,10 +84,11 @@ def products(ptx):
     return Counter(re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.", ptx))
 
 
-def work(ptx):
-    """Add up the sizes of the products of matrices that the code names, each once."""
+def work(case, ptx):
+    """Add up the sizes of the products that all warps' code names, for each query and key."""
     shapes = re.findall(r"\bw?g?mma\.(?:sync|mma_async)\S*?\.m(\d+)n(\d+)k(\d+)\.", ptx)
-    return sum(int(m) * int(n) * int(k) for m, n, k in shapes)
+    total, sizes = sum(int(m) * int(n) * int(k) for m, n, k in shapes), sizes_of(*case)
+    return total * sizes["num_warps"] / (sizes["BLOCK_M"] * sizes["BLOCK_N"])
 
 
 def named(case):
@@ -111,26 +111,42 @@ def test_multiplies_on_tensor_cores_of_its_generation(built, case) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[2] != "fp32"], ids=named)
-def test_wide_loads(built, case) -> None:
-    ptx, parts = built[case]["ptx"], PARTS[case[4]]
+def test_rows_of_channels_go_16_bytes_at_a_time(built, case) -> None:
+    kernel, capability, _, width, parts = case
+    ptx, pointers, sizes = built[case]["ptx"], PARTS[parts], sizes_of(*case)
     widths = Counter(re.findall(r"\b((?:ld|st)\.global\.\S+)", ptx))
     copies = Counter(re.findall(r"\bcp\.async\.c\S+ \[.*?\], \[.*?\], 0x(\w+)", ptx))
-    # Rows of channels go 16 bytes at a time; a block of a tail alone may have fewer for a thread.
-    # What goes 4 bytes at a time is a number per row: lse, delta and the like.
+
+    # What a program loads once: q; q, its gradient and out; k and v. Loads of 16 bytes are enough
+    # for all of these blocks.
+    once, rows = {
+        "forward": (2 if "residual_ptr" in pointers else 1, "BLOCK_M"),
+        "query-gradient": (3, "BLOCK_M"),
+        "key-gradient": (2, "BLOCK_N"),
+    }[kernel]
+    block = once * sizes[rows] * sum(split_head(width)) * 2
+    assert widths["ld.global.v4.b32"] * 16 * 32 * sizes["num_warps"] == block
+    # What it copies in its loop: k and v; or q and its gradient, with lse and delta, a number for
+    # each query, and where there are such the scale.
+    if kernel == "key-gradient":
+        assert set(copies) == {"10", "4"}
+        stages = 3 if capability == 100 else 2
+        assert copies["4"] == stages * (3 if "scales_ptr" in pointers else 2)
+    else:
+        assert set(copies) == {"10"}
+    # What else is narrow is a number of a row, a head or a sample: lse, delta, a bound, a mask.
     narrow = {"ld.global.b32", "st.global.b32"}
-    narrow |= {"ld.global.b16", "ld.global.b8"} if "gate_ptr" in parts else set()
-    assert set(widths) - narrow <= {"ld.global.v4.b32", "st.global.v4.b32"}
-    assert set(copies) <= {"10", "8", "4"}
-    assert copies["10"] > 0
-    assert copies["10"] >= 2 * copies["8"]
+    narrow |= {"ld.global.b16", "ld.global.b8"} if "gate_ptr" in pointers else set()
+    assert set(widths) <= {"ld.global.v4.b32", "st.global.v4.b32"} | narrow
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(("width", "share"), [(64, 0.5), (72, 0.625), (80, 0.625), (96, 0.75)])
 def test_narrow_heads_do_not_pay_for_wide_ones(built, kernel, capability, width, share) -> None:
-    mine, padded = (built[kernel, capability, "bf16", w, "dense"]["ptx"] for w in (width, 128))
-    assert work(mine) == share * work(padded)
+    cases = [(kernel, capability, "bf16", w, "dense") for w in (width, 128)]
+    mine, padded = (work(case, built[case]["ptx"]) for case in cases)
+    assert mine == share * padded
 
 
 def test_without_the_alignment_hint_loads_are_two_bytes(built) -> None:

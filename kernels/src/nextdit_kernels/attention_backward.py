@@ -18,7 +18,13 @@ import triton
 import triton.language as tl
 
 from nextdit_kernels.attention_forward import sizes, tanh
-from nextdit_kernels.attention_tiles import head_of_sample, load_rows, store_rows, where_to_work
+from nextdit_kernels.attention_tiles import (
+    has_narrow_tail,
+    head_of_sample,
+    load_rows,
+    store_rows,
+    where_to_work,
+)
 
 __all__ = [
     "gate_gradient_kernel",
@@ -219,9 +225,13 @@ def query_gradient_kernel(
     # fmt: on
     if gate_ptr is not None:
         scale *= tanh(tl.load(gate_ptr + i_h * gate_sh).to(tl.float32))
-    store_rows(grad_q_ptr, o_out, acc * scale, m_m, D, 0, MAIN)
+    # Counted anew, as in the forward kernel.
+    o_t = tl.arange(0, BLOCK_M)
+    m_t = o_t < tokens - first
+    o_out = (i_b * T + start + first + o_t) * H + i_h
+    store_rows(grad_q_ptr, o_out, acc * scale, m_t, D, 0, MAIN)
     if TAIL:
-        store_rows(grad_q_ptr, o_out, acc_tail * scale, m_m, D, MAIN, TAIL)
+        store_rows(grad_q_ptr, o_out, acc_tail * scale, m_t, D, MAIN, TAIL)
 
 
 @triton.jit(
@@ -302,7 +312,6 @@ def key_gradient_kernel(
 
     o_n = first + tl.arange(0, BLOCK_N)
     m_n = o_n < keys
-    row_n = (i_b * N + start_k + o_n).to(tl.int64)
     p_k = k_ptr + head_of_sample(i_b, i_k, start_k, k_sb, k_st, k_sh, cu_ptr, VECTOR)
     p_v = v_ptr + head_of_sample(i_b, i_k, start_k, v_sb, v_st, v_sh, cu_ptr, VECTOR)
     row_k = p_k + tl.multiple_of(o_n.to(tl.int64) * k_st, VECTOR)
@@ -361,19 +370,24 @@ def key_gradient_kernel(
         if TAIL:
             acc_k_tail = tl.dot(grad_s, q_tail, acc_k_tail, input_precision=PRECISION)
 
+    # Counted anew, as in the forward kernel.
+    o_t = tl.arange(0, BLOCK_N)
+    m_t = o_t < keys - first
     if mask_ptr is not None:
-        p_mask = mask_ptr + i_b * mask_sb + o_n.to(tl.int64) * mask_sn
-        seen = tl.load(p_mask, mask=m_n, other=0) != 0
+        p_mask = mask_ptr + i_b * mask_sb + first.to(tl.int64) * mask_sn
+        p_mask += o_t.to(tl.int64) * mask_sn
+        seen = tl.load(p_mask, mask=m_t, other=0) != 0
         acc_k = tl.where(seen[:, None], acc_k, 0.0)
         acc_v = tl.where(seen[:, None], acc_v, 0.0)
         acc_k_tail = tl.where(seen[:, None], acc_k_tail, 0.0)
         acc_v_tail = tl.where(seen[:, None], acc_v_tail, 0.0)
+    row_n = i_b * N + start_k + first + o_t
     o_out = (tl.program_id(2).to(tl.int64) * TOTAL_N + row_n) * H_KV + i_k
-    store_rows(grad_k_ptr, o_out, acc_k, m_n, D, 0, MAIN)
-    store_rows(grad_v_ptr, o_out, acc_v, m_n, D, 0, MAIN)
+    store_rows(grad_k_ptr, o_out, acc_k, m_t, D, 0, MAIN)
+    store_rows(grad_v_ptr, o_out, acc_v, m_t, D, 0, MAIN)
     if TAIL:
-        store_rows(grad_k_ptr, o_out, acc_k_tail, m_n, D, MAIN, TAIL)
-        store_rows(grad_v_ptr, o_out, acc_v_tail, m_n, D, MAIN, TAIL)
+        store_rows(grad_k_ptr, o_out, acc_k_tail, m_t, D, MAIN, TAIL)
+        store_rows(grad_v_ptr, o_out, acc_v_tail, m_t, D, MAIN, TAIL)
 
 
 @triton.jit(do_not_specialize=["TOTAL", "gate_sh"])
@@ -402,15 +416,31 @@ def query_blocks(
     """Choose the blocks of `query_gradient_kernel`, as `attention_forward.blocks` does."""
     if itemsize == 4:
         return sizes(64, 16, 8, 2) if head_dim <= 96 else sizes(16, 16, 4, 2)
+    few = has_narrow_tail(head_dim)
     if capability[0] not in (9, 10):
-        return sizes(64, 32, 4, 2) if head_dim <= 128 else sizes(32, 32, 8, 1)
-    return sizes(128, 32 if masked else 64, 8, 2) if head_dim <= 128 else sizes(64, 32, 8, 2)
+        return sizes(64, 64 if few else 32, 4, 2) if head_dim <= 128 else sizes(32, 32, 8, 1)
+    if head_dim > 128:
+        return sizes(64, 32, 8, 2)
+    if few:
+        return sizes(128 if capability[0] == 10 else 64, 64, 4, 2)
+    return sizes(128, 32 if masked else 64, 8, 2)
 
 
-def key_blocks(head_dim: int, itemsize: int, capability: tuple[int, int]) -> dict[str, int]:
+def key_blocks(
+    head_dim: int, itemsize: int, capability: tuple[int, int], masked: bool
+) -> dict[str, int]:
     """Choose the blocks of `key_gradient_kernel`, as `attention_forward.blocks` does."""
     if itemsize == 4:
         return sizes(16, 32 if head_dim <= 128 else 16, 8, 2)
+    few = has_narrow_tail(head_dim)
     if capability[0] not in (9, 10):
-        return sizes(32, 64, 4, 2) if head_dim <= 128 else sizes(32, 32, 8, 1)
-    return sizes(64, 128, 8, 2) if head_dim <= 128 else sizes(32, 64, 8, 2)
+        if head_dim > 128:
+            return sizes(32, 32, 8, 1)
+        if few and masked:
+            return sizes(32, 32, 2, 2)
+        return sizes(64 if few else 32, 64, 4, 2)
+    if head_dim > 128:
+        return sizes(32, 64, 8, 2)
+    if few:
+        return sizes(64, 128 if capability[0] == 10 else 64, 4, 2)
+    return sizes(64, 128, 8, 2)

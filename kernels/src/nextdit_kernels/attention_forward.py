@@ -13,7 +13,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nextdit_kernels.attention_tiles import head_of_sample, load_rows, store_rows, where_to_work
+from nextdit_kernels.attention_tiles import (
+    has_narrow_tail,
+    head_of_sample,
+    load_rows,
+    store_rows,
+    where_to_work,
+)
 
 __all__ = ["attention_kernel", "blocks", "sizes", "tanh"]
 
@@ -214,25 +220,29 @@ def attention_kernel(
     alone = total == 0
     total = tl.where(alone, 1.0, total)
     share = 1 / total
-    row = (i_b * T + start + o_m).to(tl.int64)
+    # Counted anew from the tile's first row: the numbers above would be kept through the loop.
+    o_t = tl.arange(0, BLOCK_M)
+    m_t = o_t < tokens - first
+    row = i_b * T + start + first + o_t
     lse = tl.where(alone, float("inf"), highest + tl.log2(total))
-    tl.store(lse_ptr + i_h * TOTAL + row, lse, mask=m_m)
+    tl.store(lse_ptr + i_h * TOTAL + row, lse, mask=m_t)
     acc *= share[:, None]
     acc_tail *= share[:, None]
     o_out = row * H + i_h
     if out_ptr is not None:
-        store_rows(out_ptr, o_out, acc, m_m, D, 0, MAIN)
+        store_rows(out_ptr, o_out, acc, m_t, D, 0, MAIN)
         if TAIL:
-            store_rows(out_ptr, o_out, acc_tail, m_m, D, MAIN, TAIL)
+            store_rows(out_ptr, o_out, acc_tail, m_t, D, MAIN, TAIL)
     if gate_ptr is not None:
         opening = tanh(tl.load(gate_ptr + i_h * gate_sh).to(tl.float32))
         o_r = head_of_sample(i_b, i_h, start, residual_sb, residual_st, residual_sh, cu_ptr, VECTOR)
-        row_r = residual_ptr + o_r + tl.multiple_of(o_m.to(tl.int64) * residual_st, VECTOR)
-        residual = load_rows(row_r, m_m, residual_sd, D, 0, MAIN, False).to(tl.float32)
-        store_rows(gated_ptr, o_out, residual + opening * acc, m_m, D, 0, MAIN)
+        row_r = residual_ptr + o_r + tl.multiple_of(first.to(tl.int64) * residual_st, VECTOR)
+        row_r += tl.multiple_of(o_t.to(tl.int64) * residual_st, VECTOR)
+        residual = load_rows(row_r, m_t, residual_sd, D, 0, MAIN, False).to(tl.float32)
+        store_rows(gated_ptr, o_out, residual + opening * acc, m_t, D, 0, MAIN)
         if TAIL:
-            residual = load_rows(row_r, m_m, residual_sd, D, MAIN, TAIL, False).to(tl.float32)
-            store_rows(gated_ptr, o_out, residual + opening * acc_tail, m_m, D, MAIN, TAIL)
+            residual = load_rows(row_r, m_t, residual_sd, D, MAIN, TAIL, False).to(tl.float32)
+            store_rows(gated_ptr, o_out, residual + opening * acc_tail, m_t, D, MAIN, TAIL)
 
 
 def blocks(
@@ -246,10 +256,13 @@ def blocks(
     """
     if itemsize == 4:  # multiplied by the ordinary units, out of registers
         return sizes(64 if head_dim <= 128 else 32, 16, 8, 2)
+    few = has_narrow_tail(head_dim)
     if capability[0] not in (9, 10):
-        return sizes(128, 64, 8, 3) if head_dim <= 128 else sizes(64, 16, 4, 2)
+        return sizes(128, 64, 4 if few else 8, 3) if head_dim <= 128 else sizes(64, 16, 4, 2)
     if head_dim > 128:
         return sizes(128, 32, 8, 2)
+    if masked and few:
+        return sizes(128 if capability[0] == 10 else 64, 64, 4, 3)
     return sizes(128, 64 if masked else 128, 8, 3 if head_dim <= 96 else 2)
 
 

@@ -11,7 +11,14 @@ from functools import lru_cache
 import triton
 import triton.language as tl
 
-__all__ = ["head_of_sample", "load_rows", "split_head", "store_rows", "where_to_work"]
+__all__ = [
+    "has_narrow_tail",
+    "head_of_sample",
+    "load_rows",
+    "split_head",
+    "store_rows",
+    "where_to_work",
+]
 
 # The least inner dimension of a product of matrices on a GPU.
 _NARROWEST = 16
@@ -32,6 +39,18 @@ def split_head(head_dim: int) -> tuple[int, int]:
     main = whole // 2
     tail = max(_NARROWEST, int(triton.next_power_of_2(head_dim - main)))
     return (whole, 0) if tail >= main else (main, tail)
+
+
+def has_narrow_tail(head_dim: int) -> bool:
+    """Tell whether the tail has the least width, which asks for few warps.
+
+    A row of such a tail is two loads of 16 bytes in 16-bit types, so a block of 64 rows feeds four
+    warps. With more, Triton gives each thread a part of these 16 bytes.
+
+    >>> [has_narrow_tail(head_dim) for head_dim in (64, 72, 80, 96)]
+    [False, True, True, False]
+    """
+    return split_head(head_dim)[1] == _NARROWEST
 
 
 @triton.jit

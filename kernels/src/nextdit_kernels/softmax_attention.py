@@ -592,7 +592,7 @@ def _launch_backward(
         tensors = (q, k, v, grad, out, lse, delta, grad_q)
         _start(query_gradient_kernel, (tiles, shape.H), *tensors, *call.arguments(), **constants)
     if k.numel() > 0:
-        constants = call.constants | attention_backward.key_blocks(*call.case[:3])
+        constants = call.constants | attention_backward.key_blocks(*call.case)
         total = k.shape[0] if packed else shape.SAMPLES * shape.N
         tiles = _tiles(shape.SAMPLES, shape.N, total, constants["BLOCK_N"], packed)
         parts = _parts(shape, tiles, constants["BLOCK_M"], _processors(q))
