@@ -33,9 +33,11 @@ GRIDS = {
 }
 SCHEDULERS = {
     "diffusers FlowMatchEuler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "diffusers FlowMatchHeun": ("FlowMatchHeunDiscreteScheduler", {}),
     "diffusers UniPC 2": ("UniPCMultistepScheduler", {"solver_order": 2}),
     "diffusers UniPC 3": ("UniPCMultistepScheduler", {"solver_order": 3}),
     "diffusers DPM++ 2M": ("DPMSolverMultistepScheduler", {"solver_order": 2}),
+    "diffusers DPM++ 3M": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
 }
 METHODS = {"euler": 1, "midpoint": 2, "heun2": 2, "rk4": 4}
 
@@ -124,10 +126,19 @@ def scheduler(
             import diffusers
         except ImportError:
             return None
-        sigmas = [1.0 - t for t in grid.grid(nfe)]
+        steps = (nfe + 1) // 2 if kind == "FlowMatchHeunDiscreteScheduler" else nfe
+        sigmas = [1.0 - t for t in grid.grid(steps)]
         if kind == "FlowMatchEulerDiscreteScheduler":
             one = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
             one.set_timesteps(sigmas=sigmas[:-1])
+        elif kind == "FlowMatchHeunDiscreteScheduler":
+            # Two evaluations a step, one in the last: 2 * steps - 1 of the budget. It takes no
+            # sigmas, so they are put where its own would be.
+            one = diffusers.FlowMatchHeunDiscreteScheduler(shift=1.0)
+            one.set_timesteps(steps)
+            inner = [s for s in sigmas[1:-1] for _ in range(2)]
+            one.sigmas = torch.tensor([sigmas[0], *inner, sigmas[-1]], dtype=torch.float64)
+            one.timesteps = one.sigmas[:-1] * 1000
         else:
             one = getattr(diffusers, kind)(
                 prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0, **settings

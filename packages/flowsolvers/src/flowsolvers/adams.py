@@ -134,18 +134,33 @@ class PEC:
 
 
 def predict_correct(
-    times: tuple[float, ...], predictors: Sequence[int], start: Tableau | None = None
+    times: tuple[float, ...],
+    predictors: Sequence[float],
+    start: Tableau | None = None,
+    *,
+    correctors: Sequence[float] | None = None,
+    trust: float = 1.0,
 ) -> tuple[Step, ...]:
     """Write a PEC method whose number of velocities may differ between steps.
 
+    A number of velocities may be a fraction: 1.3 takes 0.7 of the weights of 1 and 0.3 of those
+    of 2. The corrector of k velocities, which has the one at the predicted point besides, is
+    mixed with the formula of the same order that has not, trust·AM_{k+1} + (1 - trust)·AB_{k+1}:
+    where the prediction is bad, its evaluation is. Every mixture sums to the step's length.
+
     Args:
         times: Ends of the steps.
-        predictors: For each step, how many velocities predict; fewer where there are fewer.
+        predictors: For each step, how many velocities predict, at least 1; fewer where there are
+            fewer.
         start: A Runge-Kutta method for the first step; None predicts and corrects there too.
+        correctors: For each step, how many correct besides the one at the predicted point;
+            None as many as predict.
+        trust: In the velocity at the predicted point, 0 to 1; 1 wherever it is the second one.
 
     Returns:
         The steps. One row each, but two in the first step that predicts, and none in the last.
     """
+    correctors = predictors if correctors is None else correctors
     kept = Kept()
     steps: list[Step] = []
     for n, (t, t_next) in enumerate(pairwise(times)):
@@ -156,16 +171,39 @@ def predict_correct(
         if t not in kept.times:
             rows.append(Row(t, ()))
             kept.times.append(t)
-        known = kept.last(predictors[n])
-        predict = kept.spread(integrals(known, t, t_next))
+        known = kept.last(4)
+        predict = kept.spread(_blended(known, predictors[n], t, t_next))
         if n == len(times) - 2:
             steps.append(Step(t, t_next, tuple(rows), predict))
             continue
         rows.append(Row(t_next, predict))
         kept.times.append(t_next)
-        correct = kept.spread(integrals((*known, t_next), t, t_next))
-        steps.append(Step(t, t_next, tuple(rows), correct))
+        correct = _blended(known, correctors[n], t, t_next, (t_next,))
+        if trust != 1.0 and len(known) > 1:
+            without = _blended(known, correctors[n] + 1, t, t_next)
+            correct = _mixed(trust, correct, (*without, 0.0))
+        steps.append(Step(t, t_next, tuple(rows), kept.spread(correct)))
     return tuple(steps)
+
+
+def _blended(
+    known: tuple[float, ...], count: float, t: float, t_next: float, ahead: tuple[float, ...] = ()
+) -> tuple[float, ...]:
+    """Weights of the newest `count` of what is known, and of what is ahead."""
+    count = min(count, len(known))
+    whole = int(count)
+    weights = integrals((*known[-whole:], *ahead), t, t_next)
+    if whole == count:
+        return weights
+    more = integrals((*known[-whole - 1 :], *ahead), t, t_next)
+    return _mixed(count - whole, more, weights)
+
+
+def _mixed(part: float, one: Sequence[float], other: Sequence[float]) -> tuple[float, ...]:
+    """Take `part` of one and the rest of the other, lined up at the newest."""
+    length = max(len(one), len(other))
+    one, other = ((*[0.0] * (length - len(w)), *w) for w in (one, other))
+    return tuple(part * a + (1.0 - part) * b for a, b in zip(one, other, strict=True))
 
 
 def _check_order(order: int, most: int) -> None:
