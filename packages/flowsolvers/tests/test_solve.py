@@ -274,10 +274,11 @@ def test_a_plan_made_before_gives_the_same():
     assert by_plan.nfe == 10
 
 
-def test_midpoint_is_the_default():
+def test_auto_is_the_default():
     x0 = torch.randn(5)
-    default = fs.solve(lambda t, x: x.cos(), x0, nfe=6).x
-    assert default.equal(fs.solve(lambda t, x: x.cos(), x0, nfe=6, solver="midpoint").x)
+    default = fs.solve(lambda t, x: x.cos(), x0, nfe=6)
+    assert default.x.equal(fs.solve(lambda t, x: x.cos(), x0, nfe=6, solver="auto").x)
+    assert (default.plan.solver, default.plan.schedule) == ("auto", "auto:6")
 
 
 @pytest.mark.parametrize(

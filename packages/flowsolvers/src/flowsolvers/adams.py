@@ -190,13 +190,20 @@ def _blended(
     known: tuple[float, ...], count: float, t: float, t_next: float, ahead: tuple[float, ...] = ()
 ) -> tuple[float, ...]:
     """Weights of the newest `count` of what is known, and of what is ahead."""
-    count = min(count, len(known))
-    whole = int(count)
-    weights = integrals((*known[-whole:], *ahead), t, t_next)
-    if whole == count:
+    least = 0 if ahead else 1  # with a velocity ahead that may be none: Euler's step
+    whole = max(min(int(count), len(known)), least)
+    weights = _adams(known, whole, t, t_next, ahead)
+    if whole in (count, len(known)):
         return weights
-    more = integrals((*known[-whole - 1 :], *ahead), t, t_next)
-    return _mixed(count - whole, more, weights)
+    return _mixed(count - whole, _adams(known, whole + 1, t, t_next, ahead), weights)
+
+
+def _adams(
+    known: tuple[float, ...], count: int, t: float, t_next: float, ahead: tuple[float, ...]
+) -> tuple[float, ...]:
+    if count == 0:
+        return (t_next - t, 0.0)
+    return integrals((*known[-count:], *ahead), t, t_next)
 
 
 def _mixed(part: float, one: Sequence[float], other: Sequence[float]) -> tuple[float, ...]:

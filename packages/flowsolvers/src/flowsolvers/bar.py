@@ -32,7 +32,8 @@ def progress(
         >>> import sys, torch
         >>> from flowsolvers import solve
         >>> show = progress("digits", file=sys.stdout)
-        >>> _ = solve(lambda t, x: x, torch.ones(2), nfe=4, on_step=show)  # doctest: +ELLIPSIS
+        >>> x0 = torch.ones(2)
+        >>> _ = solve(lambda t, x: x, x0, nfe=2, on_step=show)  # doctest: +ELLIPSIS
         digits: step 1 of 2, ... s
         digits: step 2 of 2, ... s
     """

@@ -16,7 +16,7 @@ __all__ = ["plan"]
 
 
 def plan(
-    solver: str = "midpoint",
+    solver: str = "auto",
     *,
     nfe: int,
     schedule: Schedule | None = None,
@@ -29,11 +29,12 @@ def plan(
     All steps are equal in u, the schedule's own variable.
 
     Args:
-        solver: One of `solvers()`.
+        solver: One of `solvers()`; "auto" chooses order and grid by the budget.
         nfe: Velocity evaluations, at least 1, met exactly. A Runge-Kutta method of s stages takes
             nfe / s steps, with a remainder spent on one cheaper step that comes first; multistep
             methods take one step for each.
-        schedule: The time grid; `uniform()` when None.
+        schedule: The time grid; when None the solver's own, if it has a method
+            `default_schedule(nfe)`, and else `uniform()`.
         start: Time to start from, in [0, 1]: above 0 to go on from data with some noise.
         end: Time to end at, in [0, 1]: before start to go from data back to noise.
         jumps: Times at which the velocity jumps, such as the edges of an interval of guidance.
@@ -57,13 +58,15 @@ def plan(
     """
     if not isinstance(nfe, Integral) or nfe < 1:
         raise ValueError(f"nfe must be an integer of at least 1, got {nfe!r}")
-    time_grid = uniform() if schedule is None else schedule
+    found_method = method(solver)
+    own = getattr(found_method, "default_schedule", None)
+    default = uniform() if own is None else own(int(nfe))
+    time_grid = default if schedule is None else schedule
     if not isinstance(time_grid, Schedule):
         raise ValueError(
             f"schedule must be a Schedule, got {schedule!r}; make one, as in "
             f"flowsolvers.schedule('shift:4')"
         )
-    found_method = method(solver)
     ends = _ends(start, end, jumps)
     if nfe < len(ends) - 1:
         raise ValueError(

@@ -51,8 +51,17 @@ def _times(*numbers: float) -> Schedule:
     return from_times(numbers)
 
 
+def _auto(nfe: float) -> Schedule:
+    from flowsolvers.auto import AUTO  # which is laid out on schedules
+
+    if nfe != int(nfe) or nfe < 1:
+        raise ValueError(f"the budget must be an integer of at least 1, got {nfe!r}")
+    return AUTO.default_schedule(int(nfe))
+
+
 #: name -> (how it is written, least and most numbers, what makes it)
 _FORMS: dict[str, tuple[str, int, float, Callable[..., Schedule]]] = {
+    "auto": ("auto:NFE", 1, 1, _auto),
     "beta": ("beta:A,B", 0, 2, beta),
     "cosine": ("cosine", 0, 0, cosine),
     "polyexponential": ("polyexponential:SIGMA_MIN,RHO", 0, 2, polyexponential),
@@ -76,8 +85,8 @@ def schedule(name: str) -> Schedule:
         name: `uniform`, `cosine`, `shift:SIGMA`, `sigmoid:MU,ALPHA,BETA`, `logistic:K,M`,
             `beta:A,B`, `karras:RHO,SIGMA_MIN`, `polyexponential:SIGMA_MIN,RHO`,
             `linear-quadratic:THRESHOLD,LINEAR`, `lumina-rational:SIGMA`,
-            `lumina-sigmoid:MU,ALPHA,BETA`, `terminal:SIGMA`, `times:0,T,...,1` (numbers that are
-            left out take their defaults); one of these with `^-1` after it, for its inverse; or
+            `lumina-sigmoid:MU,ALPHA,BETA`, `terminal:SIGMA`, `auto:NFE`, `times:0,T,...,1`
+            (numbers that are left out take their defaults); one of these with `^-1` after it, for its inverse; or
             several joined with `@`.
 
     Returns:

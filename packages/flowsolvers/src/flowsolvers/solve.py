@@ -85,8 +85,8 @@ def solve(
         x0: The state at the start: a floating-point tensor of any shape, or a tree (lists, tuples,
             dicts) of such tensors on one device.
         nfe: Velocity evaluations, at least 1. Give this or `plan`.
-        solver: One of `solvers()`; `midpoint` when None.
-        schedule: The time grid; `uniform()` when None.
+        solver: One of `solvers()`; `auto` when None, which chooses order and grid by the budget.
+        schedule: The time grid; the solver's own, or `uniform()`, when None.
         start: Time of x0, in [0, 1]: above 0 where x0 is data with some noise (see `noised`).
         end: Time to end at, in [0, 1]; before start to go from data back to noise.
         jumps: Times at which the velocity jumps, such as a change of prompt, as for
@@ -124,7 +124,7 @@ def solve(
         if nfe is None:
             raise ValueError("neither nfe nor plan is given; give one, as in nfe=20")
         times = _jumps(tuple(jumps), jumps_of(velocity), nfe, (start, end))
-        name = "midpoint" if solver is None else solver
+        name = "auto" if solver is None else solver
         plan = lay_out(name, nfe=nfe, schedule=schedule, start=start, end=end, jumps=times)
     elif (nfe, solver, schedule, start, end, tuple(jumps)) != (None, None, None, 0.0, 1.0, ()):
         raise ValueError(

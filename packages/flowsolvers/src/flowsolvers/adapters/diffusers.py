@@ -33,7 +33,7 @@ except ImportError as error:
 __all__ = ["FlowScheduler"]
 
 #: What a scheduler without a name for its solver runs.
-_SOLVER = "midpoint"
+_SOLVER = "auto"
 
 #: Settings of diffusers' schedulers that change the result and have no part here, and what has.
 _REFUSED = {
