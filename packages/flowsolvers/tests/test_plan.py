@@ -58,8 +58,9 @@ def test_json_round_trip_is_exact(solver, schedule):
     assert pickle.loads(pickle.dumps(plan)) == plan
 
 
-def test_midpoint_with_uniform_steps_is_the_default():
-    assert fs.plan(nfe=6) == fs.plan("midpoint", nfe=6, schedule=fs.uniform())
+def test_auto_on_its_own_grid_is_the_default():
+    auto = fs.schedule("auto:6")
+    assert fs.plan(nfe=6) == fs.plan("auto", nfe=6, schedule=auto)
 
 
 def test_plan_prints_one_line_for_each_evaluation_and_each_end():
@@ -74,7 +75,7 @@ def test_plan_prints_one_line_for_each_evaluation_and_each_end():
         "   2    v3   1.0000  x - 0.8 v1 + 1.6 v2\n"
         "   2   end   1.0000  x + 0.1333 v1 + 0.5333 v2 + 0.1333 v3"
     )
-    assert str(fs.plan(nfe=1)).startswith("midpoint on uniform: 1 evaluation in 1 step\n")
+    assert str(fs.plan(nfe=1)).startswith("auto on auto:1: 1 evaluation in 1 step\n")
 
 
 @pytest.mark.parametrize("nfe", [0, -3, 2.0, "10", None])

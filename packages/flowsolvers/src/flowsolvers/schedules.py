@@ -86,8 +86,8 @@ def schedule(name: str) -> Schedule:
             `beta:A,B`, `karras:RHO,SIGMA_MIN`, `polyexponential:SIGMA_MIN,RHO`,
             `linear-quadratic:THRESHOLD,LINEAR`, `lumina-rational:SIGMA`,
             `lumina-sigmoid:MU,ALPHA,BETA`, `terminal:SIGMA`, `auto:NFE`, `times:0,T,...,1`
-            (numbers that are left out take their defaults); one of these with `^-1` after it, for its inverse; or
-            several joined with `@`.
+            (numbers that are left out take their defaults); one of these with `^-1` after it, for
+            its inverse; or several joined with `@`.
 
     Returns:
         The schedule, equal to the one that printed the name.
