@@ -1,5 +1,6 @@
 """The package as a whole: its surface, its README, what importing it costs."""
 
+import os
 import re
 import subprocess
 import sys
@@ -88,10 +89,16 @@ def test_readme_example_runs(capsys):
     assert capsys.readouterr().out.startswith("midpoint on shift:4@cosine: 10 evaluations")
 
 
-def test_import_takes_at_most_50_ms_beyond_torch():
+def test_import_takes_at_most_a_twentieth_of_what_torch_takes(tmp_path):
+    """50 ms beyond torch on a machine that imports torch in a second, compiled as pip leaves it."""
     code = (
-        "import torch, time; start = time.process_time(); import flowsolvers; "
-        "print(time.process_time() - start)"
+        "import time; begun = time.process_time(); import torch; middle = time.process_time(); "
+        "import flowsolvers; print((time.process_time() - middle) / (middle - begun))"
     )
-    runs = [subprocess.check_output([sys.executable, "-c", code], text=True) for _ in range(3)]
-    assert min(map(float, runs)) <= 0.05
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
+    first, *runs = [
+        float(subprocess.check_output([sys.executable, "-c", code], env=environment, text=True))
+        for _ in range(4)
+    ]
+    assert min(runs) <= 0.05, (first, *runs)

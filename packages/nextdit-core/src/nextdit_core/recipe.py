@@ -75,14 +75,15 @@ class SamplingRecipe(_Section):
 
     Args:
         nfe: Velocity evaluations for one sample.
-        solver: A flowsolvers solver name.
-        schedule: A flowsolvers time grid, such as "uniform" or "shift:4".
+        solver: A flowsolvers solver name; "auto" chooses by the budget.
+        schedule: A flowsolvers time grid, such as "uniform" or "shift:4"; "auto" is the solver's
+            own.
         guidance: Classifier-free guidance scale; 1 is no guidance.
     """
 
     nfe: Count = 16
-    solver: str = "midpoint"
-    schedule: str = "uniform"
+    solver: str = "auto"
+    schedule: str = "auto"
     guidance: NotNegative = 3.0
 
 

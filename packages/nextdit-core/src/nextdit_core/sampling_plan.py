@@ -13,7 +13,7 @@ def check_sampling(solver: str, schedule: str, nfe: int) -> flowsolvers.Plan:
 
     Args:
         solver: A flowsolvers solver name.
-        schedule: A flowsolvers time grid.
+        schedule: A flowsolvers time grid, or "auto" for the solver's own.
         nfe: Velocity evaluations.
 
     Returns:
@@ -23,6 +23,7 @@ def check_sampling(solver: str, schedule: str, nfe: int) -> flowsolvers.Plan:
         UserError: A name is unknown or the budget is not possible.
     """
     try:
-        return flowsolvers.plan(solver, nfe=nfe, schedule=flowsolvers.schedule(schedule))
+        grid = None if schedule == "auto" else flowsolvers.schedule(schedule)
+        return flowsolvers.plan(solver, nfe=nfe, schedule=grid)
     except ValueError as error:
         raise UserError(str(error)) from error
