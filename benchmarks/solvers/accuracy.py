@@ -21,7 +21,7 @@ from torch import Tensor
 import flowsolvers as fs
 
 BUDGETS = (4, 6, 8, 10, 16, 20, 30, 40)
-OURS = ("euler", "midpoint", "rk4", "ab2", "ab3", "pec1", "pec2", "pec3", "res2", "unipc2")
+OURS = ("auto", "euler", "midpoint", "rk4", "ab2", "ab3", "pec1", "pec2", "pec3", "res2", "unipc2")
 GRIDS = {
     "uniform": fs.uniform(),
     "shift:2": fs.shift(2.0),

@@ -21,7 +21,7 @@ import flowsolvers as fs
 SHAPES = ((1, 16), (2, 4, 128, 128))
 STEPS = 50
 _RUNS = 8  # in a turn; the first of them meets cold caches
-OURS = ("euler", "midpoint", "rk4", "ab2", "pec1", "pec2", "pec3", "res2", "unipc2")
+OURS = ("auto", "euler", "midpoint", "rk4", "ab2", "pec1", "pec2", "pec3", "res2", "unipc2")
 SYNCS = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
 
 

@@ -24,6 +24,7 @@ def test_public_names_are_these():
         "Guided",
         "Likelihood",
         "Linear",
+        "Limiter",
         "Method",
         "Momentum",
         "NotFiniteError",

@@ -135,7 +135,7 @@ def _without(key: str) -> str:
         "null",
         _without("steps"),
         _without("solver"),
-        fs.plan(nfe=2).to_json().replace('"format": 2', '"format": 1'),
+        fs.plan(nfe=2).to_json().replace('"format": 3', '"format": 2'),
         fs.plan(nfe=2).to_json().replace('"t_next": 1.0', '"t_next": -1.0'),
         fs.plan(nfe=2).to_json().replace("0.5", "NaN"),
     ],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from flowsolvers.context import Context, contextual, evaluate, model_rows
 from flowsolvers.layout import plan
 from flowsolvers.method import Method
-from flowsolvers.plan import Plan, Row, Step
+from flowsolvers.plan import Limiter, Plan, Row, Step
 from flowsolvers.registry import method, solvers
 from flowsolvers.schedules import (
     Schedule,
@@ -62,6 +62,7 @@ __all__ = [
     "Guided",
     "Likelihood",
     "Linear",
+    "Limiter",
     "Method",
     "Momentum",
     "NotFiniteError",

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from flowsolvers.interpolation import integrals
 from flowsolvers.method import Grid
-from flowsolvers.plan import Row, Step
+from flowsolvers.plan import Limiter, Row, Step
 from flowsolvers.tableaus import KUTTA3, MIDPOINT, Tableau
 
 __all__ = ["PEC", "Adams", "Kept", "predict_correct"]
@@ -33,6 +33,14 @@ class Kept:
                 break
             lined_up.append(0.0 if t is None else left.pop())
         return tuple(reversed(lined_up))
+
+    def limiter(self, t: float, weights: Sequence[float], strength: float) -> Limiter | None:
+        """Compare the velocity at the step's start with the newest other one in a sum."""
+        if strength == 0.0 or sum(map(bool, weights)) < 2:
+            return None
+        found = [i for i in range(-1, -len(weights) - 1, -1) if self.times[i] is not None]
+        base = next(i for i in found if self.times[i] == t)
+        return Limiter(base, next(i for i in found if i != base), strength)
 
     def run(self, tableau: Tableau, t: float, t_next: float) -> Step:
         """Write a Runge-Kutta step."""
@@ -140,6 +148,7 @@ def predict_correct(
     *,
     correctors: Sequence[float] | None = None,
     trust: float = 1.0,
+    limit: float = 0.0,
 ) -> tuple[Step, ...]:
     """Write a PEC method whose number of velocities may differ between steps.
 
@@ -156,6 +165,7 @@ def predict_correct(
         correctors: For each step, how many correct besides the one at the predicted point;
             None as many as predict.
         trust: In the velocity at the predicted point, 0 to 1; 1 wherever it is the second one.
+        limit: Strength of a `Limiter` on every sum of two velocities or more; 0 is none.
 
     Returns:
         The steps. One row each, but two in the first step that predicts, and none in the last.
@@ -173,16 +183,19 @@ def predict_correct(
             kept.times.append(t)
         known = kept.last(4)
         predict = kept.spread(_blended(known, predictors[n], t, t_next))
+        limiter = kept.limiter(t, predict, limit)
         if n == len(times) - 2:
-            steps.append(Step(t, t_next, tuple(rows), predict))
+            steps.append(Step(t, t_next, tuple(rows), predict, limiter=limiter))
             continue
-        rows.append(Row(t_next, predict))
+        rows.append(Row(t_next, predict, limiter=limiter))
         kept.times.append(t_next)
         correct = _blended(known, correctors[n], t, t_next, (t_next,))
         if trust != 1.0 and len(known) > 1:
             without = _blended(known, correctors[n] + 1, t, t_next)
             correct = _mixed(trust, correct, (*without, 0.0))
-        steps.append(Step(t, t_next, tuple(rows), kept.spread(correct)))
+        correct = kept.spread(correct)
+        limiter = kept.limiter(t, correct, limit)
+        steps.append(Step(t, t_next, tuple(rows), correct, limiter=limiter))
     return tuple(steps)
 
 

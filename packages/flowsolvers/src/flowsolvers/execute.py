@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from flowsolvers.limiting import limited
 from flowsolvers.program import End, Move, Point, Sum
 from flowsolvers.states import Arithmetic, Leaves, arithmetic
 
-__all__ = ["Watch", "execute"]
+__all__ = ["Watch", "combine", "execute"]
 
 
 class Watch(Protocol):
@@ -48,7 +49,7 @@ def execute(
         if plain and watch is None:
             kept.append(ask(tick, x))
         elif point is not None:
-            at = x if point.sum is None else _combine(x, point.sum, kept, sums)
+            at = x if point.sum is None else combine(x, point.sum, kept, sums)
             v = ask(tick, at)
             kept.append(v if point.keep is None else _keep(at, v, point.keep, sums))
             if watch is not None:
@@ -61,7 +62,7 @@ def execute(
                 for index, weight in others:
                     add_(x, kept[index], alpha=weight)
             else:
-                x = _combine(x, whole, kept, sums)
+                x = combine(x, whole, kept, sums)
             if dropped:
                 del kept[:dropped]
             for index in freed:
@@ -73,8 +74,10 @@ def execute(
     return x
 
 
-def _combine(x: Leaves, table: Sum, kept: list[Leaves], sums: Arithmetic) -> Leaves:
-    """Return scale·x + Σ weight·kept; x is untouched, and one tensor is made."""
+def combine(x: Leaves, table: Sum, kept: list[Leaves], sums: Arithmetic) -> Leaves:
+    """Return scale·x + Σ weight·kept, limited or not; x is untouched."""
+    if table.limiter is not None:
+        return limited(x, table, kept, sums)
     terms = table.terms
     if table.scale != 1.0:
         total = sums.mul(x, table.scale)

@@ -14,10 +14,37 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
-__all__ = ["Plan", "Row", "Step"]
+__all__ = ["Limiter", "Plan", "Row", "Step"]
 
 #: Version of what `Plan.to_json` writes.
-_FORMAT = 2
+_FORMAT = 3
+
+
+@dataclass(frozen=True)
+class Limiter:
+    """Less of a sum's higher orders in samples where two velocities part.
+
+    Of Σ_i w_i·r_i = W·r_base + D, with W = Σ_i w_i, the sum becomes W·r_base + φ·D, where
+    φ = 1 / (1 + (strength·s)⁴) and s = ‖r_base - r_other‖² / (2·(‖r_base‖² + ‖r_other‖²)), each
+    sample along the first dimension by itself, and each tensor of a tree. Velocities that agree
+    have s = 0, those at right angles 1/2, opposite ones 1. What is left at φ = 0 is Euler's step.
+    On fine grids 1 - φ vanishes as the eighth power of the step, so that no order is lost, except
+    where the velocity itself vanishes on the way: there the order is 2.
+
+    Args:
+        base: Index of the evaluation at the step's start, from the newest, -1.
+        other: Index of the one that it is compared with.
+        strength: At least 0.
+
+    Example:
+        >>> from flowsolvers import plan
+        >>> plan(nfe=4).steps[1].limiter.strength > 0
+        True
+    """
+
+    base: int
+    other: int
+    strength: float
 
 
 @dataclass(frozen=True)
@@ -33,17 +60,19 @@ class Row:
         scale: Of x, the state at the step's start.
         keep: What later rows and ends combine: (0, 1) keeps the velocity; (1, 1 - t) the
             prediction of the data.
+        limiter: Of the sum; None takes it as it is.
 
     Example:
         >>> from flowsolvers import plan
         >>> plan("midpoint", nfe=2).steps[0].rows[1]
-        Row(t=0.5, weights=(0.5,), scale=1.0, keep=(0.0, 1.0))
+        Row(t=0.5, weights=(0.5,), scale=1.0, keep=(0.0, 1.0), limiter=None)
     """
 
     t: float
     weights: tuple[float, ...]
     scale: float = 1.0
     keep: tuple[float, float] = (0.0, 1.0)
+    limiter: Limiter | None = None
 
 
 @dataclass(frozen=True)
@@ -56,9 +85,11 @@ class Step:
         rows: The evaluations, in order; none where those of earlier steps suffice.
         weights: Of what was kept, the newest last, also across steps.
         scale: Of x, the state at the step's start.
+        limiter: Of the sum; None takes it as it is.
 
     Raises:
-        ValueError: The step ends where it starts, or a number is not finite.
+        ValueError: The step ends where it starts, a number is not finite, or a limiter is of
+            evaluations that have no weight in its sum.
 
     Example:
         >>> from flowsolvers import plan
@@ -71,14 +102,20 @@ class Step:
     rows: tuple[Row, ...]
     weights: tuple[float, ...]
     scale: float = 1.0
+    limiter: Limiter | None = None
 
     def __post_init__(self) -> None:
         """Prove that it goes somewhere, in numbers."""
         if self.t == self.t_next:
             raise ValueError(f"a step must go somewhere, got t={self.t!r} to {self.t_next!r}")
-        numbers = [self.t, self.t_next, self.scale, *self.weights]
+        numbers = [self.t, self.t_next]
         for row in self.rows:
-            numbers += [row.t, row.scale, *row.keep, *row.weights]
+            numbers += [row.t, *row.keep]
+        for table in (*self.rows, self):
+            numbers += [table.scale, *table.weights]
+            if table.limiter is not None:
+                numbers.append(table.limiter.strength)
+                _check_limiter(table.limiter, table, self.t)
         if not all(map(math.isfinite, numbers)):
             raise ValueError(f"the step at t={self.t} holds a number that is not finite")
 
@@ -176,10 +213,10 @@ class Plan:
         names: list[str] = []
         for n, step in enumerate(self.steps, start=1):
             for row in step.rows:
-                point = _sum(row.scale, row.weights, names)
+                point = _sum(row, names)
                 names.append(f"{'v' if row.keep == (0.0, 1.0) else 'd'}{len(names)}")
                 yield f"{n:4}  {names[-1]:>4}  {row.t:7.4f}  {point}"
-            yield f"{n:4}   end  {step.t_next:7.4f}  {_sum(step.scale, step.weights, names)}"
+            yield f"{n:4}   end  {step.t_next:7.4f}  {_sum(step, names)}"
 
     def to_json(self) -> str:
         """Write the plan as JSON, every float exactly.
@@ -229,6 +266,7 @@ class Plan:
                     tuple(_row(row) for row in step["rows"]),
                     _floats(step["weights"]),
                     float(step["scale"]),
+                    _limiter(step["limiter"]),
                 )
                 for step in data["steps"]
             )
@@ -241,7 +279,33 @@ class Plan:
 
 def _row(data: dict[str, Any]) -> Row:
     point, velocity = _floats(data["keep"])
-    return Row(float(data["t"]), _floats(data["weights"]), float(data["scale"]), (point, velocity))
+    return Row(
+        float(data["t"]),
+        _floats(data["weights"]),
+        float(data["scale"]),
+        (point, velocity),
+        _limiter(data["limiter"]),
+    )
+
+
+def _limiter(data: dict[str, Any] | None) -> Limiter | None:
+    if data is None:
+        return None
+    return Limiter(int(data["base"]), int(data["other"]), float(data["strength"]))
+
+
+def _check_limiter(limiter: Limiter, table: Row | Step, t: float) -> None:
+    reach = range(-len(table.weights), 0)
+    if limiter.base not in reach or limiter.other not in reach or limiter.strength < 0.0:
+        raise ValueError(
+            f"in the step at t={t} the limiter must be of two of the {len(reach)} evaluations "
+            f"in its sum, counted from -1 back, and not negative, got {limiter}"
+        )
+    if table.scale != 1.0:
+        raise ValueError(
+            f"in the step at t={t} the state is scaled by {table.scale!r}, which a sum with a "
+            f"limiter cannot be"
+        )
 
 
 def _check_reach(weights: tuple[float, ...], kept: int, t: float) -> None:
@@ -251,11 +315,15 @@ def _check_reach(weights: tuple[float, ...], kept: int, t: float) -> None:
         )
 
 
-def _sum(scale: float, weights: tuple[float, ...], names: list[str]) -> str:
-    text = "x" if scale == 1.0 else f"{scale:.4g} x"
-    recent = names[len(names) - len(weights) :]
-    terms = zip(weights, recent, strict=True)
-    return text + "".join(f" {'-' if w < 0 else '+'} {abs(w):.4g} {r}" for w, r in terms if w)
+def _sum(table: Row | Step, names: list[str]) -> str:
+    text = "x" if table.scale == 1.0 else f"{table.scale:.4g} x"
+    recent = names[len(names) - len(table.weights) :]
+    terms = zip(table.weights, recent, strict=True)
+    text += "".join(f" {'-' if w < 0 else '+'} {abs(w):.4g} {r}" for w, r in terms if w)
+    if table.limiter is None:
+        return text
+    base, other = names[table.limiter.base], names[table.limiter.other]
+    return f"{text}, less as {other} parts from {base}"
 
 
 def _floats(values: Iterable[float]) -> tuple[float, ...]:

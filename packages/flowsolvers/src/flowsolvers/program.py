@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -9,16 +10,25 @@ import torch
 from torch import Tensor
 
 from flowsolvers.context import Context
-from flowsolvers.plan import Plan, Row, Step
+from flowsolvers.plan import Limiter, Plan, Row, Step
 
-__all__ = ["End", "Move", "Point", "Sum", "contexts", "moves"]
+__all__ = ["End", "Move", "Point", "Sum", "contexts", "moves", "sum_of"]
 
 
 class Sum(NamedTuple):
-    """scale·x + Σ weight·kept[index]; indices count from the newest, -1."""
+    """scale·x + Σ weight·kept[index]; indices count from the newest, -1.
+
+    Args:
+        scale: Of x.
+        terms: Index and weight.
+        limiter: Which takes less of it, or None.
+        total: Σ weight.
+    """
 
     scale: float
     terms: tuple[tuple[int, float], ...]
+    limiter: Limiter | None
+    total: float
 
 
 class Point(NamedTuple):
@@ -98,8 +108,9 @@ def _moves(plan: Plan, ticks: Iterator[Any]) -> Iterator[Move]:
         kept += len(step.rows)
         dropped, kept = max(kept - carried, 0), min(kept, carried)
         freed = tuple(i - made for i in range(made - kept, made) if last_uses[i] == number)
-        whole = _sum(step)
-        (index, weight), *others = whole.terms if step.scale == 1.0 and whole.terms else [(0, 0.0)]
+        whole = sum_of(step)
+        plain = whole.terms and whole.scale == 1.0 and whole.limiter is None
+        (index, weight), *others = whole.terms if plain else [(0, 0.0)]
         end = End(index, weight, tuple(others), dropped, freed, whole, number, step)
         for row in step.rows[:-1]:
             yield _evaluation(row, next(ticks), None)
@@ -114,9 +125,10 @@ def _last_uses(plan: Plan) -> list[int]:
     found: list[int] = []
     for number, step in enumerate(plan.steps):
         for table in (*step.rows, step):
-            for index, weight in enumerate(reversed(table.weights), start=1):
-                if weight:
-                    found[-index] = number
+            for index, _ in sum_of(table).terms:
+                found[index] = number
+            if table.limiter is not None:
+                found[table.limiter.base] = found[table.limiter.other] = number
             if isinstance(table, Row):
                 found.append(number)
     return found
@@ -125,13 +137,15 @@ def _last_uses(plan: Plan) -> list[int]:
 def _evaluation(row: Row, tick: Any, end: End | None) -> Move:
     stays = row.scale == 1.0 and not any(row.weights)
     keeps = row.keep == (0.0, 1.0)
-    point = Point(None if stays else _sum(row), None if keeps else row.keep, row)
+    point = Point(None if stays else sum_of(row), None if keeps else row.keep, row)
     return Move(tick, stays and keeps, point, end)
 
 
-def _sum(table: Row | Step) -> Sum:
+def sum_of(table: Row | Step) -> Sum:
+    """Leave out the zeros."""
     first = -len(table.weights)
-    return Sum(table.scale, tuple((first + i, w) for i, w in enumerate(table.weights) if w))
+    terms = tuple((first + i, w) for i, w in enumerate(table.weights) if w)
+    return Sum(table.scale, terms, table.limiter, math.fsum(table.weights))
 
 
 def contexts(plan: Plan) -> list[Context]:

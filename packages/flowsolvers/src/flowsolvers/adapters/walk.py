@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flowsolvers.execute import combine
 from flowsolvers.method import Grid
 from flowsolvers.plan import Plan, Row, Step
+from flowsolvers.program import sum_of
 from flowsolvers.registry import method
+from flowsolvers.states import Leaves, arithmetic
 
 __all__ = ["Walk", "from_evaluation"]
 
@@ -115,7 +118,12 @@ class Walk:
         self._row = None
 
     def _combine(self, table: Row | Step) -> Tensor:
-        """Return scale·x + Σ_i weights[i]·kept."""
+        """Return scale·x + Σ_i weights[i]·kept, limited or not."""
+        if table.limiter is not None:
+            kept: list[Leaves] = [r for _, r in self._kept]
+            found = combine(self._x, sum_of(table), kept, arithmetic(self._x))
+            assert isinstance(found, Tensor)
+            return found
         total = self._x if table.scale == 1.0 else self._x * table.scale
         recent = self._kept[len(self._kept) - len(table.weights) :]
         terms = [(w, r) for w, (_, r) in zip(table.weights, recent, strict=True) if w]
