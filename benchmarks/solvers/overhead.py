@@ -52,6 +52,7 @@ def cases(shape: tuple[int, ...]) -> list[Case]:
     for solver in OURS:
         plan = fs.plan(solver, nfe=STEPS * getattr(fs.method(solver), "stages", 1))
         found.append(Case(f"flowsolvers {solver}", _ours(x, plan), STEPS))
+    found.append(Case("flowsolvers auto at 20", _ours(x, fs.plan(nfe=20)), 20))
     return found + _torchdiffeq(x) + _diffusers(x)
 
 
