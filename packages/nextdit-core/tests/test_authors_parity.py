@@ -1,0 +1,347 @@
+"""Against the authors' code and diffusers: lists, guidance, training, sampling, live models."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+import flowsolvers
+import rope3d
+from nextdit_core import Conditioning, NextDiT, NextDiTConfig, Tokens
+
+PATCH, CHANNELS = 2, 4
+
+
+def _grid(rows: int, columns: int) -> Tensor:
+    return torch.cartesian_prod(
+        torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns))
+    )
+
+
+def _patchify(latents: Sequence[Tensor]) -> Tokens:
+    """Cut `[channels, height, width]` latents into tokens as the authors order them on input."""
+    samples = []
+    for latent in latents:
+        _, height, width = latent.shape
+        rows, columns = height // PATCH, width // PATCH
+        parts = latent.unflatten(1, (rows, PATCH)).unflatten(3, (columns, PATCH))
+        values = parts.permute(1, 3, 0, 2, 4).reshape(rows * columns, -1)
+        samples.append(Tokens(values, _grid(rows, columns), (rows * columns,)))
+    return Tokens.pack(samples)
+
+
+def _unpatchify(values: Tensor, latent: Tensor) -> Tensor:
+    """Put tokens together as the authors order them on output."""
+    _, height, width = latent.shape
+    parts = values.view(height // PATCH, width // PATCH, PATCH, PATCH, -1)
+    return parts.permute(4, 0, 2, 1, 3).reshape(-1, height, width)
+
+
+def _text(case: dict[str, Tensor]) -> Conditioning:
+    """Move the real tokens to the front: some were recorded with their padding there."""
+    mask = case["cap_mask"]
+    order = mask.argsort(dim=1, descending=True, stable=True)
+    features = case["cap_feats"].take_along_dim(order[..., None], 1)
+    return Conditioning(features, mask.sum(1))
+
+
+def _velocities(
+    model: NextDiT, latents: Sequence[Tensor], t: Tensor, text: Conditioning
+) -> list[Tensor]:
+    tokens = _patchify(latents)
+    out = tokens.with_values(model(tokens, t, text)).split()
+    return [_unpatchify(values, x) for values, x in zip(out, latents, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def golden_model(golden: Path) -> Callable[[], NextDiT]:
+    """Make the tiny random model of the reference tensors, with the authors' weights."""
+    sizes = json.loads((golden / "tiny_config.json").read_text())["official"]
+    config = NextDiTConfig(
+        token_dim=PATCH**2 * CHANNELS,
+        axes=2,
+        width=sizes["dim"],
+        layers=sizes["n_layers"],
+        heads=sizes["n_heads"],
+        kv_heads=sizes["n_kv_heads"],
+        text_dim=sizes["cap_feat_dim"],
+        multiple_of=sizes["multiple_of"],
+    )
+    weights = load_file(golden / "tiny_official.safetensors")
+    del weights["pad_token"]
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        weights[name] = _used(weights[name])
+
+    def make() -> NextDiT:
+        model = NextDiT(config)
+        model.load_state_dict(weights)
+        return model.eval()
+
+    return make
+
+
+def _used(both: Tensor) -> Tensor:
+    """Leave out the half of the output that the authors predict and throw away."""
+    return both.unflatten(0, (PATCH, PATCH, 2 * CHANNELS))[:, :, :CHANNELS].flatten(0, 2)
+
+
+def test_packed_samples_are_the_authors_padded_list(
+    golden: Path, golden_model: Callable[[], NextDiT]
+) -> None:
+    case = load_file(golden / "fwd_official_list.safetensors")
+    text = _text(case)
+    latents = [case["x0"], case["x1"], case["x2"]]
+    with torch.no_grad():
+        out = _velocities(golden_model(), latents, case["t"], text)
+    for index, velocity in enumerate(out):
+        assert (velocity - case[f"out{index}"]).abs().max() <= 1e-5
+
+
+def test_loss_gradients_and_a_step_are_the_authors(
+    golden: Path, golden_model: Callable[[], NextDiT]
+) -> None:
+    case = load_file(golden / "train_tensor.safetensors")
+    model = golden_model()
+    clean, noise = ([case[f"x{i}_{j}"] for j in range(3)] for i in (1, 0))
+    t, text = case["t"], _text(case)
+    latents = [s * x1 + (1 - s) * x0 for s, x1, x0 in zip(t, clean, noise, strict=True)]
+    out = _velocities(model, latents, t, text)
+    losses = torch.stack(
+        [(v - (a - b)).square().mean() for v, a, b in zip(out, clean, noise, strict=True)]
+    )
+    assert (losses - case["loss"]).abs().max() <= 1e-5
+    losses.mean().backward()
+    compared = 0
+    for name, parameter in model.named_parameters():
+        expected = case[f"grad.{name}"]
+        expected = _used(expected) if name.startswith("final_layer.linear.") else expected
+        assert parameter.grad is not None
+        assert (parameter.grad - expected).abs().max() <= 1e-5, name
+        compared += 1
+    unused = {"grad.pad_token"}
+    assert compared == len([k for k in case if k.startswith("grad.") and k not in unused])
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+    assert norm.item() == pytest.approx(case["grad_norm"].item(), abs=1e-4)
+    torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0).step()
+    weights = model.state_dict()
+    for name in [key for key in case if key.startswith("after.")]:
+        expected = case[name]
+        expected = _used(expected) if "final_layer.linear" in name else expected
+        assert (weights[name.removeprefix("after.")] - expected).abs().max() <= 1e-5, name
+
+
+def _guided(
+    model: NextDiT, text: Conditioning, scale: float, shape: Tensor, channels: int = 3
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Guide the first channels, as the authors do; the others are those of the condition."""
+    prepared = model.prepare(text)
+    both = _patchify([shape, shape])
+
+    def velocity(t: Tensor, x: Tensor) -> Tensor:
+        values = _patchify([x, x]).values
+        out = both.with_values(model(both.with_values(values), t.expand(2), prepared)).split()
+        cond, uncond = (_unpatchify(v, x) for v in out)
+        led = uncond + scale * (cond - uncond)
+        return torch.cat([led[:channels], cond[channels:]])
+
+    return velocity
+
+
+@torch.no_grad()
+def test_guidance_on_three_channels_is_the_authors(
+    golden: Path, golden_model: Callable[[], NextDiT]
+) -> None:
+    case = load_file(golden / "fwd_cfg4_16x16.safetensors")
+    text = _text(case)
+    x = case["x"][0]
+    out = _guided(golden_model(), text, 4.0, x)(case["t"][:1], x)
+    assert (out - case["out_official_cfg"][0]).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shift", ["None", "1.0", "4.0"])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [("euler", "euler"), ("midpoint", "midpoint"), ("heun3", "heun3"), ("rk4", "rk38")],
+)
+def test_sampler_trajectories_are_the_authors(
+    golden: Path, golden_model: Callable[[], NextDiT], theirs: str, ours: str, shift: str
+) -> None:
+    """Four steps at guidance 4, every state on the way."""
+    case = load_file(golden / "sampler_official.safetensors")
+    expected = case[f"{theirs}_n5_shift{shift}"][:, 0]
+    text = _text(case)
+    noise = case["noise"][0]
+    grid = flowsolvers.uniform() if shift == "None" else flowsolvers.shift(float(shift))
+    stages = getattr(flowsolvers.method(ours), "stages", 1)
+    solution = flowsolvers.solve(
+        _guided(golden_model(), text, 4.0, noise),
+        noise,
+        nfe=4 * stages,
+        solver=ours,
+        schedule=grid,
+        trajectory=True,
+    )
+    assert solution.trajectory is not None
+    assert len(solution.trajectory) == len(expected) == 5
+    scale = expected.abs().max()
+    for state, reference in zip(solution.trajectory, expected, strict=True):
+        assert (state - reference).abs().max() <= 1e-5 * max(1.0, scale)
+
+
+@st.composite
+def _cases(draw: st.DrawFn) -> dict[str, int | float | list[int] | None]:
+    kv_heads = draw(st.integers(1, 3))
+    heads = kv_heads * draw(st.integers(1, 3))
+    batch = draw(st.integers(1, 3))
+    text_tokens = draw(st.integers(1, 9))
+    return {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": 4 * draw(st.integers(1, 5)),
+        "layers": draw(st.integers(1, 3)),
+        "text_dim": 8 * draw(st.integers(1, 4)),
+        "multiple_of": draw(st.sampled_from([8, 32, 256])),
+        "multiplier": draw(st.sampled_from([None, 0.5, 1.3])),
+        "rows": draw(st.integers(1, 6)),
+        "columns": draw(st.integers(1, 6)),
+        "batch": batch,
+        "text_tokens": text_tokens,
+        "lengths": draw(st.lists(st.integers(1, text_tokens), min_size=batch, max_size=batch)),
+        "linear": draw(st.sampled_from([1.0, 1.5, 2.0])),
+        "ntk": draw(st.sampled_from([1.0, 1.7])),
+        "trained_tokens": draw(st.sampled_from([None, 4, 64])),
+        "seed": draw(st.integers(0, 2**31)),
+    }
+
+
+#: Random configurations that are compared.
+CONFIGURATIONS = 60
+
+
+@given(case=_cases())
+@settings(max_examples=CONFIGURATIONS, deadline=None, derandomize=True)
+def test_any_configuration_computes_what_diffusers_does(case: dict) -> None:
+    """Random sizes, weights, masks, extrapolation and proportional attention, in one float32."""
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+    random = torch.Generator().manual_seed(case["seed"])
+    width = case["heads"] * case["head_dim"]
+    theirs = diffusers.LuminaNextDiT2DModel(
+        sample_size=16,
+        patch_size=PATCH,
+        in_channels=CHANNELS,
+        hidden_size=width,
+        num_layers=case["layers"],
+        num_attention_heads=case["heads"],
+        num_kv_heads=case["kv_heads"],
+        multiple_of=case["multiple_of"],
+        ffn_dim_multiplier=case["multiplier"],
+        cross_attention_dim=case["text_dim"],
+        learn_sigma=True,
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            size = 0.5 / math.sqrt(parameter.shape[-1]) if parameter.ndim > 1 else 0.2
+            parameter.add_(torch.randn(parameter.shape, generator=random) * size)
+        for block in theirs.layers:  # one weight there stands for two of theirs
+            block.attn2.to_q.weight.copy_(block.attn1.to_q.weight)
+            block.attn2.norm_q.weight.copy_(block.attn1.norm_q.weight)
+            block.attn2.norm_q.bias.copy_(block.attn1.norm_q.bias)
+    ours = _from_diffusers(theirs, case).eval()
+    shape = (case["batch"], CHANNELS, PATCH * case["rows"], PATCH * case["columns"])
+    x = torch.randn(shape, generator=random)
+    t = torch.rand(case["batch"], generator=random)
+    features = torch.randn(case["batch"], case["text_tokens"], case["text_dim"], generator=random)
+    lengths = torch.tensor(case["lengths"])
+    text = Conditioning(features, lengths)
+    table = get_2d_rotary_pos_embed_lumina(
+        case["head_dim"], 8, 8, linear_factor=case["linear"], ntk_factor=case["ntk"]
+    )
+    options = (
+        {} if case["trained_tokens"] is None else {"base_sequence_length": case["trained_tokens"]}
+    )
+    with torch.no_grad():
+        expected = theirs(
+            hidden_states=x,
+            timestep=t,
+            encoder_hidden_states=features,
+            encoder_mask=text.mask,
+            image_rotary_emb=table,
+            cross_attention_kwargs=options,
+            return_dict=False,
+        )[0]
+        expected = expected.chunk(2, dim=1)[0]
+        tokens = _patchify(list(x))
+        rope = rope3d.lumina(case["head_dim"], base=10000.0 * case["ntk"]).on_axes(3, (1, 2))
+        positions = tokens.positions / case["linear"]
+        out = ours(
+            Tokens(tokens.values, positions, tokens.lengths),
+            t,
+            text,
+            rope=rope,
+            scale=None if case["trained_tokens"] is None else "proportional",
+            trained_tokens=case["trained_tokens"],
+        )
+    found = [_unpatchify(v, one) for v, one in zip(tokens.with_values(out).split(), x, strict=True)]
+    size = max(1.0, expected.abs().max().item())
+    assert (torch.stack(found) - expected).abs().max() <= 1e-5 * size
+
+
+_NAMES = {
+    "patch_embedder.proj": "x_embedder",
+    "time_caption_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_caption_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_caption_embed.caption_embedder": "cap_embedder",
+    "norm_out.linear_1": "final_layer.adaLN_modulation.1",
+    "norm_out.linear_2": "final_layer.linear",
+    "norm1.linear": "adaLN_modulation.1",
+    "norm1_context": "attention_y_norm",
+    "norm1.norm": "attention_norm1",
+    ".norm2.": ".attention_norm2.",
+    "attn1.to_q": "attention.wq",
+    "attn1.to_k": "attention.wk",
+    "attn1.to_v": "attention.wv",
+    "attn2.to_k": "attention.wk_y",
+    "attn2.to_v": "attention.wv_y",
+    "attn2.to_out.0": "attention.wo",
+    "attn1.norm_q": "attention.q_norm",
+    "attn1.norm_k": "attention.k_norm",
+    "attn2.norm_k": "attention.ky_norm",
+    "feed_forward.linear_": "feed_forward.w",
+}
+
+
+def _from_diffusers(theirs: torch.nn.Module, case: dict) -> NextDiT:
+    weights = {}
+    for name, tensor in theirs.state_dict().items():
+        if name == "pad_token" or ".attn2.to_q." in name or ".attn2.norm_q." in name:
+            continue
+        for old, new in _NAMES.items():
+            name = name.replace(old, new)
+        if name.endswith(".gate"):
+            name = name.replace(".gate", ".attention.gate")
+        weights[name] = _used(tensor) if name.startswith("final_layer.linear.") else tensor
+    config = NextDiTConfig(
+        token_dim=PATCH**2 * CHANNELS,
+        width=case["heads"] * case["head_dim"],
+        layers=case["layers"],
+        heads=case["heads"],
+        kv_heads=case["kv_heads"],
+        text_dim=case["text_dim"],
+        multiple_of=case["multiple_of"],
+        ffn_dim_multiplier=case["multiplier"],
+    )
+    model = NextDiT(config)
+    model.load_state_dict(weights)
+    return model
