@@ -228,20 +228,14 @@ def _cases(draw: st.DrawFn) -> dict[str, int | float | list[int] | None]:
 CONFIGURATIONS = 60
 
 
-@given(case=_cases())
-@settings(max_examples=CONFIGURATIONS, deadline=None, derandomize=True)
-def test_any_configuration_computes_what_diffusers_does(case: dict) -> None:
-    """Random sizes, weights, masks, extrapolation and proportional attention, in one float32."""
+def _diffusers_model(case: dict, random: torch.Generator) -> torch.nn.Module:
+    """Make a model of theirs in which no weight is zero."""
     diffusers = pytest.importorskip("diffusers")
-    from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
-
-    random = torch.Generator().manual_seed(case["seed"])
-    width = case["heads"] * case["head_dim"]
     theirs = diffusers.LuminaNextDiT2DModel(
         sample_size=16,
         patch_size=PATCH,
         in_channels=CHANNELS,
-        hidden_size=width,
+        hidden_size=case["heads"] * case["head_dim"],
         num_layers=case["layers"],
         num_attention_heads=case["heads"],
         num_kv_heads=case["kv_heads"],
@@ -258,6 +252,16 @@ def test_any_configuration_computes_what_diffusers_does(case: dict) -> None:
             block.attn2.to_q.weight.copy_(block.attn1.to_q.weight)
             block.attn2.norm_q.weight.copy_(block.attn1.norm_q.weight)
             block.attn2.norm_q.bias.copy_(block.attn1.norm_q.bias)
+    return theirs
+
+
+@given(case=_cases())
+@settings(max_examples=CONFIGURATIONS, deadline=None, derandomize=True)
+def test_any_configuration_computes_what_diffusers_does(case: dict) -> None:
+    """Random sizes, weights, masks, extrapolation and proportional attention, in one float32."""
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    random = torch.Generator().manual_seed(case["seed"])
+    theirs = _diffusers_model(case, random)
     ours = _from_diffusers(theirs, case).eval()
     shape = (case["batch"], CHANNELS, PATCH * case["rows"], PATCH * case["columns"])
     x = torch.randn(shape, generator=random)
@@ -265,7 +269,7 @@ def test_any_configuration_computes_what_diffusers_does(case: dict) -> None:
     features = torch.randn(case["batch"], case["text_tokens"], case["text_dim"], generator=random)
     lengths = torch.tensor(case["lengths"])
     text = Conditioning(features, lengths)
-    table = get_2d_rotary_pos_embed_lumina(
+    table = embeddings.get_2d_rotary_pos_embed_lumina(
         case["head_dim"], 8, 8, linear_factor=case["linear"], ntk_factor=case["ntk"]
     )
     options = (
@@ -296,6 +300,48 @@ def test_any_configuration_computes_what_diffusers_does(case: dict) -> None:
     found = [_unpatchify(v, one) for v, one in zip(tokens.with_values(out).split(), x, strict=True)]
     size = max(1.0, expected.abs().max().item())
     assert (torch.stack(found) - expected).abs().max() <= 1e-5 * size
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bfloat16_is_as_near_to_float32_as_in_diffusers(seed: int) -> None:
+    """Root mean square over a batch, each against its own float32."""
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    case = {
+        "heads": 6,
+        "kv_heads": 2,
+        "head_dim": 48,
+        "layers": 4,
+        "text_dim": 64,
+        "multiple_of": 64,
+        "multiplier": None,
+    }
+    random = torch.Generator().manual_seed(seed)
+    theirs = _diffusers_model(case, random)
+    ours = _from_diffusers(theirs, case).eval()
+    x = torch.randn(2, CHANNELS, 24, 16, generator=random)
+    t = torch.rand(2, generator=random)
+    text = Conditioning(torch.randn(2, 12, 64, generator=random), torch.tensor([12, 5]))
+    table = embeddings.get_2d_rotary_pos_embed_lumina(48, 16, 16)
+
+    @torch.no_grad()
+    def run(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        out = theirs.to(dtype)(
+            hidden_states=x.to(dtype),
+            timestep=t.to(dtype).float(),
+            encoder_hidden_states=text.text.to(dtype),
+            encoder_mask=text.mask,
+            image_rotary_emb=table,
+            cross_attention_kwargs={},
+            return_dict=False,
+        )[0]
+        rounded = Conditioning(text.text.to(dtype), text.lengths)
+        found = _velocities(ours.to(dtype), list(x.to(dtype)), t.to(dtype).float(), rounded)
+        return out.chunk(2, dim=1)[0].float(), torch.stack(found).float()
+
+    (their_exact, our_exact), (their_half, our_half) = run(torch.float32), run(torch.bfloat16)
+    theirs_off = (their_half - their_exact).square().mean().sqrt()
+    ours_off = (our_half - our_exact).square().mean().sqrt()
+    assert 0.0 < ours_off <= 1.1 * theirs_off
 
 
 _NAMES = {
