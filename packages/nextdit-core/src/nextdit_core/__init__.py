@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from nextdit_core.backbone import NextDiT, PreparedConditioning
     from nextdit_core.conditioning import Conditioning
     from nextdit_core.config import NextDiTConfig
+    from nextdit_core.context_drop import ContextDrop, Pooling
     from nextdit_core.dataset import Dataset, Example
     from nextdit_core.errors import UserError
     from nextdit_core.modality import Modality, Size
@@ -27,6 +28,8 @@ _HOMES = {
     "PreparedConditioning": "backbone",
     "Conditioning": "conditioning",
     "NextDiTConfig": "config",
+    "ContextDrop": "context_drop",
+    "Pooling": "context_drop",
     "Dataset": "dataset",
     "Example": "dataset",
     "UserError": "errors",
@@ -43,6 +46,7 @@ _HOMES = {
 
 __all__ = [
     "Conditioning",
+    "ContextDrop",
     "Dataset",
     "Engine",
     "Example",
@@ -50,6 +54,7 @@ __all__ = [
     "NextDiT",
     "NextDiTConfig",
     "Pipeline",
+    "Pooling",
     "PreparedConditioning",
     "Recipe",
     "Runtime",

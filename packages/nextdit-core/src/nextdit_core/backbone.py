@@ -19,6 +19,7 @@ import rope3d
 from nextdit_core.block_operations import gate_residual, norm_modulate, norm_rotate, swiglu
 from nextdit_core.conditioning import Conditioning
 from nextdit_core.config import NextDiTConfig
+from nextdit_core.context_drop import Pooling
 from nextdit_core.tokens import Tokens
 
 #: Softmax scale of the self attention: a number, by token count, or 1/sqrt(head_dim).
@@ -125,6 +126,7 @@ class Attention(nn.Module):
         scale: Scale,
         trained_tokens: int | None,
         text: tuple[Tensor, Tensor, Tensor] | None,
+        pooling: Pooling | None,
     ) -> Tensor:
         """Attend within each sample; see `NextDiT.forward` for the two layouts of `x`."""
         batch, tokens, _ = x.shape
@@ -136,10 +138,25 @@ class Attention(nn.Module):
         if text is not None:
             keys, values, mask = text
             second = rope3d.GatedText(keys, values, self.gate, mask=mask)
-        if lengths is not None:
+        key_lengths = None
+        if pooling is not None:
+            q, k, v = q.flatten(0, 1), pooling(k.flatten(0, 1)), pooling(v.flatten(0, 1))
+            lengths = lengths or (tokens,) * batch
+            key_lengths = pooling.lengths
+            if len(set(lengths)) == len(set(key_lengths)) == 1:  # dense attention is quicker
+                q, k, v = (part.unflatten(0, (len(lengths), -1)) for part in (q, k, v))
+                lengths = key_lengths = None
+        elif lengths is not None:
             q, k, v = q[0], k[0], v[0]
         out = rope3d.attention(
-            q, k, v, lengths=lengths, scale=scale, trained_tokens=trained_tokens, text=second
+            q,
+            k,
+            v,
+            lengths=lengths,
+            key_lengths=key_lengths,
+            scale=scale,
+            trained_tokens=trained_tokens,
+            text=second,
         )
         return self.wo(out.reshape(batch, tokens, -1))
 
@@ -204,6 +221,7 @@ class Block(nn.Module):
         scale: Scale,
         trained_tokens: int | None,
         text: tuple[Tensor, Tensor, Tensor] | None,
+        pooling: Pooling | None,
     ) -> Tensor:
         """Apply the block; `modulation` is `[batch, modulation_dim]`."""
         parts = _per_token(self.adaLN_modulation(modulation), lengths).chunk(4, dim=-1)
@@ -215,6 +233,7 @@ class Block(nn.Module):
             scale,
             trained_tokens,
             text,
+            pooling,
         )
         x = gate_residual(x, attended, self.attention_norm2.weight, gate_a, eps=self.eps)
         hidden = self.feed_forward(norm_modulate(x, self.ffn_norm1.weight, scale_f, eps=self.eps))
@@ -355,6 +374,7 @@ class NextDiT(nn.Module):
         rope: rope3d.Rope | rope3d.TimedRope | None = None,
         scale: Scale = None,
         trained_tokens: int | None = None,
+        pooling: Pooling | None = None,
     ) -> Tensor:
         """Predict the velocity of every token.
 
@@ -370,6 +390,7 @@ class NextDiT(nn.Module):
             scale: Softmax scale of the self attention; "proportional" needs
                 `trained_tokens`; None is 1/sqrt(head_dim).
             trained_tokens: Tokens per sample at training, for "proportional".
+            pooling: Average keys and values of the self attention, as `ContextDrop` finds it.
 
         Returns:
             `[total_tokens, token_dim]`, the velocity.
@@ -399,7 +420,7 @@ class NextDiT(nn.Module):
             text = None
             if condition.mask is not None:
                 text = (condition.text_keys[index], condition.text_values[index], condition.mask)
-            x = block(x, modulation, rotation, lengths, scale, trained_tokens, text)
+            x = block(x, modulation, rotation, lengths, scale, trained_tokens, text, pooling)
         return self.final_layer(x, modulation, lengths).flatten(0, 1)
 
     def extra_repr(self) -> str:

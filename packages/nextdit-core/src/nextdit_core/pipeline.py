@@ -12,6 +12,7 @@ from torch import Tensor
 
 import flowsolvers
 from nextdit_core.conditioning import Conditioning
+from nextdit_core.context_drop import ContextDrop
 from nextdit_core.engines.local import pick_device
 from nextdit_core.errors import UserError
 from nextdit_core.flow_model import FlowModel
@@ -78,6 +79,7 @@ class Pipeline:
         schedule: str | None = None,
         guidance: float | None = None,
         negative_prompt: str = "",
+        context_drop: ContextDrop | str | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Any]:
         """Sample one medium per prompt, all in one packed batch.
@@ -92,6 +94,8 @@ class Pipeline:
             schedule: A flowsolvers time grid name.
             guidance: Classifier-free guidance scale; 1 is no guidance.
             negative_prompt: What guidance leads away from.
+            context_drop: Attend to averages of tokens early in sampling, such as
+                `ContextDrop()` or "0.5:2"; None does not.
             progress: Called with the number of evaluations done so far.
 
         Returns:
@@ -111,8 +115,11 @@ class Pipeline:
             self.card.sampling["nfe"] if nfe is None else nfe,
         )
         scale = self.card.sampling["guidance"] if guidance is None else guidance
+        drop = ContextDrop.parse(context_drop) if isinstance(context_drop, str) else context_drop
         noise = self._noise(sizes, seeds)
-        velocity = self._velocity(prompts, noise, scale, negative_prompt, progress)
+        velocity = self._velocity(
+            prompts, noise, scale, negative_prompt, drop or ContextDrop(()), progress
+        )
         result = flowsolvers.solve(velocity, noise.values, plan=plan)
         samples = noise.with_values(result.x).split()
         return [
@@ -148,6 +155,7 @@ class Pipeline:
         noise: Tokens,
         scale: float,
         negative_prompt: str,
+        drop: ContextDrop,
         progress: Callable[[int], None] | None,
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """Make the velocity of the guided ODE; text is encoded and projected once, here."""
@@ -159,15 +167,21 @@ class Pipeline:
             condition = encoder(asked)
         prepared = backbone.prepare(condition)
         both = Tokens.pack([noise, noise]) if guided else noise
-        done = 0
+        axes = backbone.config.axes
+        poolings = drop.poolings(both, axes)
 
-        def velocity(t: Tensor, x: Tensor) -> Tensor:
-            nonlocal done
+        @flowsolvers.contextual
+        def velocity(t: Tensor, x: Tensor, *, context: flowsolvers.Context | None = None) -> Tensor:
+            now = t.item() if context is None else context.t
             values = torch.cat([x, x]) if guided else x
-            out = backbone(both.with_values(values), t.float().expand(both.batch), prepared)
-            if progress is not None:
-                done += 1
-                progress(done)
+            out = backbone(
+                both.with_values(values),
+                t.float().expand(both.batch),
+                prepared,
+                pooling=poolings[drop.factor(now, axes)],
+            )
+            if progress is not None and context is not None:
+                progress(context.evaluation + 1)
             if not guided:
                 return out
             with_prompt, without = out.chunk(2)

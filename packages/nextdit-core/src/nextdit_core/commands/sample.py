@@ -29,6 +29,12 @@ __all__ = ["sample"]
 @click.option("--schedule", default=None, help="A flowsolvers time grid, such as shift:4.")
 @click.option("--guidance", default=None, type=float, help="Guidance scale; 1 is none.")
 @click.option("--negative-prompt", default="", help="What guidance leads away from.")
+@click.option(
+    "--context-drop",
+    default="none",
+    show_default=True,
+    help="Attend to averages early on, such as 0.5:2: until t = 0.5, of 2x2 tokens.",
+)
 @click.option("--batch", default=64, show_default=True, help="Samples computed together.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
 def sample(
@@ -43,6 +49,7 @@ def sample(
     schedule: str | None,
     guidance: float | None,
     negative_prompt: str,
+    context_drop: str,
     batch: int,
     device: str,
 ) -> None:
@@ -52,12 +59,14 @@ def sample(
     samples go into it. With a folder, each gets a file of its own, and files that exist are
     not sampled again.
     """
+    from nextdit_core.context_drop import ContextDrop
     from nextdit_core.pipeline import Pipeline
     from nextdit_core.sampling_plan import check_sampling
 
     for name, value in (("--count", count), ("--batch", batch), ("--nfe", nfe)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; expected at least 1")
+    drop = ContextDrop.parse(context_drop)
     prompts = _prompts(prompt)
     extent = _size(size)
     pipe = Pipeline.from_pretrained(model, device=device)
@@ -87,6 +96,7 @@ def sample(
         "schedule": schedule,
         "guidance": guidance,
         "negative_prompt": negative_prompt,
+        "context_drop": drop,
     }
     written = _draw(pipe, jobs, batch, options, target, single)
     skipped = count * len(prompts) - len(jobs)
