@@ -16,7 +16,7 @@ from torch import Tensor
 import flowsolvers as fs
 
 BUDGETS = (10, 30, 100, 300)
-SOLVERS = ("euler", "midpoint", "pec2", "unipc2")
+SOLVERS = ("auto", "euler", "midpoint", "pec2", "unipc2")
 GRIDS = (fs.uniform(), fs.shift(4.0))
 
 
