@@ -392,6 +392,39 @@ def test_longest_and_shortest_steps_are_kept_to():
     assert (found.accepted, found.rejected) == (4, 0)
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_the_shortest_step_is_no_excuse_for_what_is_not_finite(per_sample):
+    controller = fs.Controller(min_step=0.05)
+    with pytest.raises(fs.AdaptiveError, match="not finite") as caught:
+        fs.solve_adaptive(
+            lambda t, x: torch.where((t > 0.4).view(-1, 1), math.nan, x),
+            torch.ones(2, 1),
+            per_sample=per_sample,
+            controller=controller,
+        )
+    t = torch.as_tensor(caught.value.t)
+    assert bool(((t > 0.3) & (t <= 0.4)).all())
+    torch.testing.assert_close(
+        caught.value.x, t.float().exp().expand(2)[:, None], atol=1e-3, rtol=0
+    )
+
+
+def test_each_sample_may_have_a_first_step_of_its_own():
+    flow, start = lambda t, x: x * torch.cos(9 * t)[:, None], torch.ones(2, 3).double()
+    velocity = Counted(flow)
+    first = torch.tensor([0.01, 0.3], dtype=DOUBLE)
+    both = fs.solve_adaptive(velocity, start, first_step=first, per_sample=True)
+    torch.testing.assert_close(velocity.times[1], 0.2 * first)  # dopri5's second stage
+    for i, length in enumerate([0.01, 0.3]):
+        alone = fs.solve_adaptive(flow, start[:1], first_step=length, per_sample=True)
+        torch.testing.assert_close(both.x[i : i + 1], alone.x, atol=1e-12, rtol=0)
+        assert both.accepted[i] == alone.accepted[0]
+    with pytest.raises(ValueError, match=r"first_step has shape \(2,\)"):
+        fs.solve_adaptive(lambda t, x: x, start, first_step=first)
+    with pytest.raises(ValueError, match="first_step is a length"):
+        fs.solve_adaptive(flow, start, first_step=-first, per_sample=True)
+
+
 def test_a_solve_of_no_length_evaluates_nothing():
     for per_sample in (False, True):
         found = fs.solve_adaptive(

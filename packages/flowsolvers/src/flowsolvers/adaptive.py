@@ -101,7 +101,7 @@ def solve_adaptive(
     end: float | Tensor = 1.0,
     at: Sequence[float] | Tensor | None = None,
     per_sample: bool = False,
-    first_step: float | None = None,
+    first_step: float | Tensor | None = None,
     max_nfe: int = 100_000,
     jumps: Sequence[float] = (),
     events: Sequence[Callable[[Tensor, State], Tensor]] = (),
@@ -134,7 +134,8 @@ def solve_adaptive(
         per_sample: Give each row of the first dimension its own time, step and acceptance. It then
             ends as it would alone, though in one call of the model for all rows; the calls are
             as many as the slowest row needs.
-        first_step: Length of the first attempt; guessed from one more evaluation when None.
+        first_step: Length of the first attempt, with `per_sample` perhaps `[B]`; guessed from
+            one more evaluation when None.
         max_nfe: Evaluations after which to give up.
         jumps: Times at which the velocity jumps, besides those that it names itself, as guidance
             in an interval does; a step ends at each, and the next one starts on its other side.
@@ -165,7 +166,8 @@ def solve_adaptive(
         (tensor([2.7183, 2.7183], dtype=torch.float64), 10, 0)
     """
     flow = Flowing(velocity, x0, per_sample)
-    _check_numbers(rtol, atol, first_step, max_nfe, jumps)
+    _check_numbers(rtol, atol, max_nfe, jumps)
+    _check_first_step(first_step, len(flow.x0[0]) if per_sample else None)
     count = len(flow.x0)
     by = March(
         embedded_pair(pair),
@@ -206,19 +208,28 @@ class _Found:
     dense: Callable[[float | Tensor], Parts] | None
 
 
-def _check_numbers(
-    rtol: float, atol: float, first_step: float | None, max_nfe: int, jumps: Sequence[float]
-) -> None:
+def _check_numbers(rtol: float, atol: float, max_nfe: int, jumps: Sequence[float]) -> None:
     if not (0.0 <= rtol < math.inf and 0.0 <= atol < math.inf and rtol + atol > 0.0):
         raise ValueError(
             f"rtol and atol must be finite, at least 0, and not both 0, got {rtol!r} and {atol!r}"
         )
-    if first_step is not None and not 0.0 < first_step < math.inf:
-        raise ValueError(f"first_step is a length, above 0 in either direction, got {first_step!r}")
     if max_nfe < 1:
         raise ValueError(f"max_nfe must be at least 1, got {max_nfe!r}")
     if not all(map(math.isfinite, jumps)):
         raise ValueError(f"jumps must be finite times, got {list(jumps)!r}")
+
+
+def _check_first_step(first_step: float | Tensor | None, batch: int | None) -> None:
+    if first_step is None:
+        return
+    if isinstance(first_step, Tensor) and first_step.shape not in ((), (batch,)):
+        raise ValueError(
+            f"first_step has shape {tuple(first_step.shape)}; it must be one number, or with "
+            f"per_sample=True one for each sample"
+        )
+    lengths = torch.as_tensor(first_step)
+    if not bool(((lengths > 0.0) & lengths.isfinite()).all()):
+        raise ValueError(f"first_step is a length, above 0 in either direction, got {first_step!r}")
 
 
 def _together(

@@ -24,7 +24,7 @@ from flowsolvers.embedded import (
 )
 from flowsolvers.pairs import Pair
 
-__all__ = ["EachStep", "March", "StuckError", "march", "march_each"]
+__all__ = ["EachStep", "March", "StuckError", "judge", "march", "march_each"]
 
 _EPS = sys.float_info.epsilon
 
@@ -52,7 +52,8 @@ class March:
         pair: The embedded pair.
         tolerance: The error that a step may make.
         controller: The rule for the next step's length.
-        first_step: Length of the first attempt; found from the flow when None.
+        first_step: Length of the first attempt, `[B]` where samples have their own; found from
+            the flow when None.
         max_nfe: Velocity evaluations that may be made.
         jumps: Times at which the velocity jumps: a step ends there, and the next one evaluates
             the other side.
@@ -64,7 +65,7 @@ class March:
     pair: Pair
     tolerance: Tolerance
     controller: Controller = field(default_factory=Controller)
-    first_step: float | None = None
+    first_step: float | Tensor | None = None
     max_nfe: int = sys.maxsize
     jumps: Sequence[float] = ()
     stops: Sequence[float] = ()
@@ -115,7 +116,7 @@ def march(flow: Field, x: State, *, t: float, end: float, by: March) -> Iterator
         if math.isnan(size):
             raise StuckError(_not_finite(t), t, x)
     else:
-        size = by.first_step
+        size = float(by.first_step)
     reach = abs(end) if math.isfinite(end) else size
     earlier = (1.0, 1.0)
     while t != end:
@@ -130,7 +131,7 @@ def march(flow: Field, x: State, *, t: float, end: float, by: March) -> Iterator
         found = attempt(flow, by.pair, t, t_next, x, slope, -direction if jumps else 0.0)
         with torch.no_grad():
             ratio = float(by.norm(by.tolerance.over(found.error(), x, found.x_next)))
-        accepted = ratio <= 1.0 or length <= by.controller.min_step
+        accepted = ratio <= 1.0 or (length <= by.controller.min_step and math.isfinite(ratio))
         size = length * by.controller.factor(ratio, accepted, earlier, order=by.pair.order)
         if accepted:
             by.accepted += 1
@@ -146,7 +147,7 @@ def march(flow: Field, x: State, *, t: float, end: float, by: March) -> Iterator
         else:
             by.rejected += 1
             by.watch("reject", t, x, length)
-            if size <= 8 * _EPS * max(abs(t), reach):
+            if size <= 8 * _EPS * max(abs(t), reach) or length <= by.controller.min_step:
                 raise StuckError(_too_short(t) if math.isfinite(ratio) else _not_finite(t), t, x)
 
 
@@ -204,13 +205,13 @@ def march_each(
             )
         size = torch.as_tensor(size).nan_to_num(1e-6)
     else:
-        size = torch.full_like(t, by.first_step)
+        size = torch.as_tensor(by.first_step, dtype=clock, device=t.device).expand(batch)
     least = 8 * torch.finfo(clock).eps
     earlier = (x[0].new_ones(batch), x[0].new_ones(batch))
     running = t != end
     going = bool(running.any())
     while going:
-        size = size.clamp(by.controller.min_step, by.controller.max_step)
+        size = size.clamp(by.controller.min_step, by.controller.max_step)  # of the first guess
         target = end if jumps is None else _next(jumps, t, end, direction)
         lands = (target - t).abs() <= size * _SLIVER
         t_next = torch.where(lands, target, t + direction * size)
@@ -224,22 +225,24 @@ def march_each(
         found = attempt(flow, by.pair, t, t_next, x, slope, nudge)
         with torch.no_grad():
             ratio = rms_of_each(by.tolerance.over(found.error(), x, found.x_next))
-            fits = (ratio <= 1.0) | (length <= by.controller.min_step)
-            moved = fits & running
-            factor = by.controller.factor_each(ratio, fits, earlier, order=by.pair.order)
-            size = torch.where(running, length * factor.to(clock), size)
-            stuck = running & ~moved & (size <= least * torch.maximum(t.abs(), end.abs()))
+            fits, next_size, next_earlier = judge(
+                by.controller, ratio, length, earlier, order=by.pair.order
+            )
+            moved, failed = fits & running, ~fits & running
+            size = torch.where(running, next_size, size)
+            short = size <= least * torch.maximum(t.abs(), end.abs())
+            stuck = failed & (short | (length <= by.controller.min_step))
             counts[0].add_(moved)
-            counts[1].add_(running & ~moved)
+            counts[1].add_(failed)
             earlier = (
-                torch.where(moved, ratio, earlier[0]),
-                torch.where(moved, earlier[0], earlier[1]),
+                torch.where(running, next_earlier[0], earlier[0]),
+                torch.where(running, next_earlier[1], earlier[1]),
             )
             low, high = torch.minimum(t, t_next), torch.maximum(t, t_next)
             numbers = torch.stack(
                 [
                     stuck.any().to(clock),
-                    (moved & (t_next != end)).any().to(clock) + (running & ~moved).any().to(clock),
+                    (moved & (t_next != end)).any().to(clock) + failed.any().to(clock),
                     low.masked_fill(~moved, math.inf).min(),
                     high.masked_fill(~moved, -math.inf).max(),
                     t.new_zeros(()) if at_jump is None else (at_jump & moved).any().to(clock),
@@ -262,6 +265,27 @@ def march_each(
             side = at_jump & moved
             other = flow(t, x, direction * side)
             slope = [_where(side, new, old) for new, old in zip(other, slope, strict=True)]
+
+
+def judge(
+    controller: Controller,
+    ratio: Tensor,
+    length: Tensor,
+    earlier: tuple[Tensor, Tensor],
+    *,
+    order: int,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Decide for each sample, `[B]`, whether its step is kept, and how long the next one is.
+
+    `ratio` is the error to the tolerance, `length` the step's, `earlier` the ratios of the kept
+    steps before it, the newest first. Returns who is kept, the length of the next attempt, and
+    `earlier` for it. A step of the least length is kept if only its error is finite.
+    """
+    fits = (ratio <= 1.0) | ((length <= controller.min_step) & ratio.isfinite())
+    factor = controller.factor_each(ratio, fits, earlier, order=order)
+    size = (length * factor.to(length.dtype)).clamp(controller.min_step, controller.max_step)
+    newer = torch.where(fits, ratio, earlier[0]), torch.where(fits, earlier[0], earlier[1])
+    return fits, size, newer
 
 
 def _next(jumps: Tensor, t: Tensor, end: Tensor, direction: Tensor) -> Tensor:
