@@ -59,7 +59,8 @@ def odeint(
         method: One of `METHODS`; `dopri5` when None. rk4 is the 3/8 rule.
         options: Of an adaptive method: norm, first_step, min_step, max_step, step_t, jump_t,
             safety, ifactor, dfactor, max_num_steps (dtype is accepted; time is float64). Of a
-            method on a grid: step_size or grid_constructor, interp ("linear" or "cubic"), perturb.
+            method on a grid: step_size or grid_constructor, interp ("linear" or "cubic"), perturb;
+            of an Adams method also max_order (2 to 12, which is the default) and max_iters.
         event_fn: Ends the solve where it changes its sign; t then has two times, the second of
             which only tells the direction.
 
@@ -169,7 +170,7 @@ class _Problem:
     def _steps_without_end(self, x: State) -> Iterator[Attempt] | Iterator[GridStep]:
         if self.name not in FIXED:
             return self._march(x)
-        grid = Grid.of(self.name, self.settings)
+        grid = self._on_grid()
         if grid.step_size is None:
             raise ValueError(f"method {self.name!r} needs options['step_size'] for an event")
         ends = endless(self.times[0], self.sign * grid.step_size)
@@ -199,7 +200,7 @@ class _Problem:
             yield within.at(time), within.slope(time) if self.t.requires_grad else []
 
     def _grid(self, x: State) -> Iterator[tuple[State, State]]:
-        grid, flow = Grid.of(self.name, self.settings), self.flow
+        grid, flow = self._on_grid(), self.flow
         ends = grid_times(grid, self.func, self.y0, self.t, self.times)
         pending = self.times[1:]
         for step in walk(flow, x, pairwise(ends), grid, callbacks(flow, self.func, self.name)):
@@ -211,6 +212,9 @@ class _Problem:
                 else:
                     within = step.interpolant()
                     yield within.at(time), within.slope(time) if self.t.requires_grad else []
+
+    def _on_grid(self) -> Grid:
+        return Grid.of(self.name, self.settings, tolerance_of(self.flow, self.rtol, self.atol))
 
     def _moved_start(self) -> State:
         """Let the start depend on t[0]: starting later is starting from where one was before."""
