@@ -401,7 +401,7 @@ class AutoDiffAdjoint(nn.Module):
             }
         else:
             options["controller"] = controller.rule(controller.dt_min, controller.dt_max)
-            options |= {"rtol": controller.rtol, "atol": controller.atol}
+            options |= {"rtol": controller.rtol, "atol": controller.atol, "norm": controller.norm}
         found = solve_adaptive(
             velocity,
             problem.y0,

@@ -425,6 +425,36 @@ def test_each_sample_may_have_a_first_step_of_its_own():
         fs.solve_adaptive(flow, start, first_step=-first, per_sample=True)
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_norm_decides_which_errors_count(per_sample):
+    """Of a calm part and one that is hard, only the norm's part is solved to the tolerance."""
+
+    def flow(t, x):
+        t = t.view(-1, 1)
+        return {"calm": -x["calm"], "hard": 30 * torch.cos(30 * t) * torch.ones_like(x["hard"])}
+
+    x0 = {"calm": torch.ones(2, 3).double(), "hard": torch.zeros(2, 3).double()}
+    rms = lambda x: x.square().mean(1 if per_sample else None).sqrt()  # noqa: E731
+    found = {
+        part: fs.solve_adaptive(
+            flow,
+            x0,
+            rtol=1e-6,
+            atol=1e-6,
+            per_sample=per_sample,
+            norm=lambda x, part=part: rms(x[part]),
+        )
+        for part in x0
+    }
+    errors = {
+        part: (one.x["hard"] - math.sin(30.0)).abs().max().item() for part, one in found.items()
+    }
+    assert errors["hard"] < 1e-5 < 1e-2 < errors["calm"]
+    assert (found["calm"].x["calm"] - math.exp(-1.0)).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="norm returned shape"):
+        fs.solve_adaptive(flow, x0, per_sample=per_sample, norm=lambda x: x["calm"])
+
+
 def test_a_solve_of_no_length_evaluates_nothing():
     for per_sample in (False, True):
         found = fs.solve_adaptive(

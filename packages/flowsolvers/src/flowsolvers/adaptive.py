@@ -14,7 +14,7 @@ from torch import Tensor
 from flowsolvers.context import jumps as jumps_of
 from flowsolvers.context import model_rows
 from flowsolvers.control import Controller
-from flowsolvers.embedded import Attempt, Interpolant, Tolerance
+from flowsolvers.embedded import Attempt, Interpolant, Tolerance, rms_of_all, rms_of_each
 from flowsolvers.embedded import State as Parts
 from flowsolvers.events import Event, Watch, WatchEach
 from flowsolvers.flowing import Flow, Flowing
@@ -107,6 +107,7 @@ def solve_adaptive(
     events: Sequence[Callable[[Tensor, State], Tensor]] = (),
     dense: bool = False,
     controller: Controller | None = None,
+    norm: Callable[[State], Tensor] | None = None,
 ) -> AdaptiveSolution[State]:
     """Integrate dx/dt = velocity(t, x) to a tolerance, by an embedded Runge-Kutta pair.
 
@@ -123,8 +124,8 @@ def solve_adaptive(
             evaluations is not known before.
         x0: The state at the start: a tensor, or a tree of tensors; floating point.
         rtol: Error allowed in each step relative to each element of the state.
-        atol: Error allowed besides; the root mean square of error / (atol + rtol·|x|) over all
-            elements decides.
+        atol: Error allowed besides; a step is kept if the norm of error / (atol + rtol·|x|) is at
+            most 1.
         pair: `bosh3`, `dopri5`, `tsit5`, `dopri8` or another of `pairs.PAIRS`, or a `Pair`.
         start: Time of x0. Times need not be in [0, 1].
         end: Time to reach; one before `start` goes backwards. With `per_sample` both may be `[B]`,
@@ -144,6 +145,8 @@ def solve_adaptive(
         dense: Keep the dense output for `AdaptiveSolution.at`: the order of the polynomial times
             the size of the state, for each step.
         controller: The rule for the lengths of steps; `Controller()` when None.
+        norm: Of a state to one number, to `[B]` with `per_sample`; the root mean square of all
+            elements (of the sample) when None, in which a tensor counts as much as it is large.
 
     Returns:
         The state at the end or at the first event, and what it took.
@@ -176,6 +179,7 @@ def solve_adaptive(
         first_step,
         max_nfe,
         (*jumps, *jumps_of(velocity)),
+        norm=_norm(norm, flow, per_sample),
     )
     watched = [flow.event(event) for event in events]
     try:
@@ -193,6 +197,25 @@ def solve_adaptive(
         event=found.event,
         _dense=None if found.dense is None else lambda t: flow.whole(found.dense(t)),
     )
+
+
+def _norm(
+    given: Callable[[Any], Tensor] | None, flow: Flowing[Any], per_sample: bool
+) -> Callable[[Parts], Tensor]:
+    if given is None:
+        return rms_of_each if per_sample else rms_of_all
+    shape = flow.x0[0].shape[:1] if per_sample else torch.Size()
+
+    def norm(parts: Parts) -> Tensor:
+        found = given(flow.whole(parts))
+        if found.shape != shape:
+            raise ValueError(
+                f"norm returned shape {tuple(found.shape)}; it must return one number, or with "
+                f"per_sample=True one for each sample, shape {tuple(shape)}"
+            )
+        return found
+
+    return norm
 
 
 @dataclass(eq=False)

@@ -20,7 +20,6 @@ from flowsolvers.embedded import (
     attempt,
     initial_step,
     rms_of_all,
-    rms_of_each,
 )
 from flowsolvers.pairs import Pair
 
@@ -58,7 +57,7 @@ class March:
         jumps: Times at which the velocity jumps: a step ends there, and the next one evaluates
             the other side.
         stops: Times at which a step ends, without a jump.
-        norm: Error over tolerance to one number.
+        norm: Error over tolerance to one number, or to `[B]` where each sample has its own step.
         watch: Called as watch("step" | "accept" | "reject", t, x, h).
     """
 
@@ -201,7 +200,7 @@ def march_each(
                 limit=(end - t).abs().to(x[0].dtype),
                 order=by.pair.order,
                 tolerance=by.tolerance,
-                norm=rms_of_each,
+                norm=by.norm,
             )
         size = torch.as_tensor(size).nan_to_num(1e-6)
     else:
@@ -224,7 +223,7 @@ def march_each(
         nudge = 0.0 if at_jump is None else -direction * at_jump
         found = attempt(flow, by.pair, t, t_next, x, slope, nudge)
         with torch.no_grad():
-            ratio = rms_of_each(by.tolerance.over(found.error(), x, found.x_next))
+            ratio = by.norm(by.tolerance.over(found.error(), x, found.x_next))
             fits, next_size, next_earlier = judge(
                 by.controller, ratio, length, earlier, order=by.pair.order
             )

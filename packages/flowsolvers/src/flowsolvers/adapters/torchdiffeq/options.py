@@ -13,7 +13,7 @@ from torch import Tensor
 from flowsolvers.adapters.torchdiffeq.adams import Adams
 from flowsolvers.adapters.torchdiffeq.stages import tableau_step
 from flowsolvers.control import Controller
-from flowsolvers.embedded import Field, Norm, State, Tolerance, rms_of_all
+from flowsolvers.embedded import Field, Norm, State, Tolerance, largest_rms
 from flowsolvers.flowing import Flowing
 from flowsolvers.marching import March
 from flowsolvers.pairs import PAIRS
@@ -155,7 +155,7 @@ def norm_of(flow: Flowing[Any], options: Mapping[str, Any]) -> Norm:
     """Return a norm of lists: the user's, or the largest root mean square of the parts."""
     given = options.get("norm")
     if given is None:
-        return _largest_rms
+        return largest_rms
     return lambda parts: torch.as_tensor(
         given(flow.whole(parts)), dtype=flow.dtype, device=flow.device
     ).abs()
@@ -187,10 +187,6 @@ def callbacks(
             call(torch.tensor(t, dtype=torch.float64, device=flow.device), flow.whole(x), length)
 
     return watch
-
-
-def _largest_rms(parts: State) -> Tensor:
-    return torch.stack([rms_of_all([part]) for part in parts]).max()
 
 
 def _spread(name: str, tol: Any, flow: Flowing[Any]) -> list[float | Tensor]:
