@@ -436,3 +436,13 @@ def test_too_many_steps_are_an_error_with_the_state():
     assert 0 < caught.value.t < 1
     with pytest.raises(ValueError, match="adjoint_params"):
         odeint_adjoint(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]))
+
+
+def test_an_adaptive_method_says_what_is_not_finite():
+    flow = lambda t, y: torch.where(t > 0.5, math.nan, 1.0) * y  # noqa: E731
+    for solve in (
+        lambda: odeint(flow, torch.ones(2), torch.tensor([0.0, 1.0])),
+        lambda: odeint_dense(flow, torch.ones(2), 0.0, 1.0),
+    ):
+        with pytest.raises(fs.NotFiniteError, match=r"not finite at t=0\.5"):
+            solve()

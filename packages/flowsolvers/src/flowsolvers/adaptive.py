@@ -21,8 +21,16 @@ from flowsolvers.flowing import Flow, Flowing
 from flowsolvers.marching import EachStep, March, StuckError, march, march_each
 from flowsolvers.pairs import Pair, embedded_pair
 from flowsolvers.states import State
+from flowsolvers.watch import NotFiniteError
+from flowsolvers.whereabouts import Whereabouts
 
-__all__ = ["AdaptiveError", "AdaptiveSolution", "solve_adaptive"]
+__all__ = [
+    "AdaptiveError",
+    "AdaptiveNotFiniteError",
+    "AdaptiveSolution",
+    "error_of",
+    "solve_adaptive",
+]
 
 
 class AdaptiveError(RuntimeError):
@@ -38,6 +46,25 @@ class AdaptiveError(RuntimeError):
     def __init__(self, message: str, t: float | Tensor, x: Any, nfe: int) -> None:
         super().__init__(message)
         self.t, self.x, self.nfe = t, x, nfe
+
+
+class AdaptiveNotFiniteError(AdaptiveError, NotFiniteError):
+    """An adaptive solve that met a velocity that is not finite.
+
+    Whoever catches `NotFiniteError` of `solve` catches this too. It knows no evaluation or step,
+    since what is not finite is tried again with shorter steps first.
+    """
+
+    def __init__(self, message: str, t: float | Tensor, x: Any, nfe: int) -> None:
+        super().__init__(message, t, x, nfe)
+        self.step: int | None = None
+        self.evaluation: int | None = None
+
+
+def error_of(stuck: StuckError, flow: Flowing[Any], nfe: int) -> AdaptiveError:
+    """Make the error of a march that is stuck."""
+    kind = AdaptiveError if stuck.finite else AdaptiveNotFiniteError
+    return kind(str(stuck), stuck.t, flow.whole(stuck.x), nfe)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +147,8 @@ def solve_adaptive(
     Args:
         velocity: `velocity(t, x) -> dx/dt`, as for `solve`: t is a 0-dim tensor on x0's device in
             the state's dtype. With `per_sample` t is `[B]`, and so must be broadcast, as in
-            t[:, None]. One that is contextual is called without a context, since the number of
-            evaluations is not known before.
+            t[:, None]. One that is contextual is given a `Context` in which what is not known
+            before, such as the number of evaluations, is None; with `per_sample` it is given none.
         x0: The state at the start: a tensor, or a tree of tensors; floating point.
         rtol: Error allowed in each step relative to each element of the state.
         atol: Error allowed besides; a step is kept if the norm of error / (atol + rtol·|x|) is at
@@ -154,8 +181,10 @@ def solve_adaptive(
     Raises:
         ValueError: A setting is out of range, the state is not floating point, or the velocity
             has not the state's shape.
-        AdaptiveError: The velocity is not finite, a step became too short, or `max_nfe` was
-            reached. It has the last good state.
+        AdaptiveError: A step became too short, or `max_nfe` was reached. It has the last good
+            state.
+        AdaptiveNotFiniteError: The velocity is not finite. It is an AdaptiveError, and a
+            `NotFiniteError` as `solve` raises it.
 
     Convention: t=0 is noise and t=1 is data. An event whose value is 0 at the start does not end
         the solve there.
@@ -168,7 +197,10 @@ def solve_adaptive(
         >>> found.x, found.accepted, found.rejected
         (tensor([2.7183, 2.7183], dtype=torch.float64), 10, 0)
     """
-    flow = Flowing(velocity, x0, per_sample)
+    where = None
+    if getattr(velocity, "takes_context", False) and not (per_sample or isinstance(start, Tensor)):
+        where = Whereabouts(velocity, float(start))
+    flow = Flowing(velocity, x0, per_sample, where)
     _check_numbers(rtol, atol, max_nfe, jumps)
     _check_first_step(first_step, len(flow.x0[0]) if per_sample else None)
     count = len(flow.x0)
@@ -181,16 +213,18 @@ def solve_adaptive(
         (*jumps, *jumps_of(velocity)),
         norm=_norm(norm, flow, per_sample),
     )
+    if where is not None:
+        by.watch = where
     watched = [flow.event(event) for event in events]
     try:
         found = (_each if per_sample else _together)(flow, by, start, end, at, watched, dense)
     except StuckError as stuck:
-        raise AdaptiveError(str(stuck), stuck.t, flow.whole(stuck.x), by.nfe) from None
+        raise error_of(stuck, flow, by.nfe) from None
     return AdaptiveSolution(
         x=flow.whole(found.x),
         t=found.t,
         nfe=by.nfe,
-        rows=by.nfe * model_rows(velocity),
+        rows=by.nfe * model_rows(velocity) if where is None else where.rows,
         accepted=found.accepted,
         rejected=found.rejected,
         states=None if found.states is None else flow.whole(found.states),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowsolvers.adaptive import AdaptiveSolution, solve_adaptive
-from flowsolvers.context import jumps
+from flowsolvers.context import Context, contextual, evaluate, jumps
 from flowsolvers.embedded import largest_rms
 from flowsolvers.layout import plan
 from flowsolvers.solve import Solution, solve
@@ -153,13 +153,16 @@ def with_divergence(
         signs: Probes, `[probes, B, ...]`; None for the exact divergence.
 
     Returns:
-        A velocity of the state (x, log volume `[B]`). No gradient is kept.
+        A velocity of the state (x, log volume `[B]`), which takes the context if x's does. No
+        gradient is kept.
     """
 
-    def augmented(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def augmented(
+        t: Tensor, state: tuple[Tensor, Tensor], *, context: Context | None = None
+    ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = state[0].to(x1.dtype).detach().requires_grad_()
-            v = velocity(t, x)
+            v = evaluate(velocity, t, x, context)
             if v.shape != x1.shape:
                 raise ValueError(
                     f"velocity returned shape {tuple(v.shape)} for x of shape {tuple(x1.shape)}; "
@@ -168,7 +171,7 @@ def with_divergence(
             divergence = _divergence(v, x, signs)
         return v.detach(), divergence
 
-    return augmented
+    return contextual(augmented) if getattr(velocity, "takes_context", False) else augmented
 
 
 def probe_signs(x1: Tensor, probes: int, generator: torch.Generator | None) -> Tensor:

@@ -32,14 +32,17 @@ _SLIVER = 1 + 1e-6
 
 
 class StuckError(RuntimeError):
-    """The march cannot go on; the state is the last good one."""
+    """The march cannot go on; the state is the last good one.
 
-    def __init__(self, message: str, t: float | Tensor, x: State) -> None:
+    `finite` says whether it is for another reason than numbers that are not finite.
+    """
+
+    def __init__(self, message: str, t: float | Tensor, x: State, *, finite: bool = True) -> None:
         super().__init__(message)
-        self.t, self.x = t, x
+        self.t, self.x, self.finite = t, x, finite
 
 
-def _ignore(name: str, t: float, x: State, h: float) -> None:
+def _ignore(event: str, t: float, t_next: float, x: State) -> None:
     """Watch nothing."""
 
 
@@ -58,7 +61,7 @@ class March:
             the other side.
         stops: Times at which a step ends, without a jump.
         norm: Error over tolerance to one number, or to `[B]` where each sample has its own step.
-        watch: Called as watch("step" | "accept" | "reject", t, x, h).
+        watch: Called as watch("step" | "accept" | "reject", t, t_next, x), x at t.
     """
 
     pair: Pair
@@ -69,7 +72,7 @@ class March:
     jumps: Sequence[float] = ()
     stops: Sequence[float] = ()
     norm: Norm = rms_of_all
-    watch: Callable[[str, float, State, float], None] = _ignore
+    watch: Callable[[str, float, float, State], None] = _ignore
     nfe: int = 0
     accepted: int = 0
     rejected: int = 0
@@ -113,7 +116,7 @@ def march(flow: Field, x: State, *, t: float, end: float, by: March) -> Iterator
             )
         size = float(guess)
         if math.isnan(size):
-            raise StuckError(_not_finite(t), t, x)
+            raise StuckError(_not_finite(t), t, x, finite=False)
     else:
         size = float(by.first_step)
     reach = abs(end) if math.isfinite(end) else size
@@ -125,7 +128,7 @@ def march(flow: Field, x: State, *, t: float, end: float, by: March) -> Iterator
         t_next: float = target if lands else t + direction * size
         length = abs(t_next - t)
         jumps = lands and target in by.jumps
-        by.watch("step", t, x, length)
+        by.watch("step", t, t_next, x)
         by.spend(by.pair.stages - 1, t, x)
         found = attempt(flow, by.pair, t, t_next, x, slope, -direction if jumps else 0.0)
         with torch.no_grad():
@@ -134,7 +137,7 @@ def march(flow: Field, x: State, *, t: float, end: float, by: March) -> Iterator
         size = length * by.controller.factor(ratio, accepted, earlier, order=by.pair.order)
         if accepted:
             by.accepted += 1
-            by.watch("accept", t, x, length)
+            by.watch("accept", t, t_next, x)
             earlier = (ratio, earlier[0])
             t, x, slope = t_next, found.x_next, found.slopes[-1]
             if lands and marks:
@@ -145,9 +148,10 @@ def march(flow: Field, x: State, *, t: float, end: float, by: March) -> Iterator
                 slope = flow(t, x, direction)
         else:
             by.rejected += 1
-            by.watch("reject", t, x, length)
+            by.watch("reject", t, t_next, x)
             if size <= 8 * _EPS * max(abs(t), reach) or length <= by.controller.min_step:
-                raise StuckError(_too_short(t) if math.isfinite(ratio) else _not_finite(t), t, x)
+                finite = math.isfinite(ratio)
+                raise StuckError(_too_short(t) if finite else _not_finite(t), t, x, finite=finite)
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +252,7 @@ def march_each(
                 ]
             ).tolist()
         if numbers[0]:
-            raise StuckError(_who_is_stuck(stuck, ratio, t), t, x)
+            raise _stuck(stuck, ratio, t, x)
         x = [_where(moved, new, old) for new, old in zip(found.x_next, x, strict=True)]
         slope = [_where(moved, new, old) for new, old in zip(found.slopes[-1], slope, strict=True)]
         t = torch.where(moved, t_next, t)
@@ -322,8 +326,10 @@ def _too_short(t: float, who: str = "") -> str:
     )
 
 
-def _who_is_stuck(stuck: Tensor, ratio: Tensor, t: Tensor) -> str:
+def _stuck(stuck: Tensor, ratio: Tensor, t: Tensor, x: State) -> StuckError:
+    """Name the samples that cannot go on, by the reason of the first."""
     rows = stuck.nonzero().flatten().tolist()
     who = f", for the samples {rows[:8]}" + (", ..." if len(rows) > 8 else "")
-    told = _too_short if bool(ratio[rows[0]].isfinite()) else _not_finite
-    return told(t[rows[0]].item(), who)
+    finite = bool(ratio[rows[0]].isfinite())
+    message = (_too_short if finite else _not_finite)(t[rows[0]].item(), who)
+    return StuckError(message, t, x, finite=finite)

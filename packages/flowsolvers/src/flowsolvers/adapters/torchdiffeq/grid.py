@@ -77,12 +77,12 @@ def walk(
     x: State,
     steps: Iterator[tuple[float, float]] | pairwise[tuple[float, float]],
     grid: Grid,
-    watch: Callable[[str, float, State, float], None],
+    watch: Callable[[str, float, float, State], None],
 ) -> Iterator[GridStep]:
     """Yield the steps between given times."""
     step = grid.stepper()
     for t, t_next in steps:
-        watch("step", t, x, abs(t_next - t))
+        watch("step", t, t_next, x)
         side = math.copysign(1.0, t_next - t) if grid.perturb else 0.0
         x_next, slope = step(flow, t, t_next, x, side)
         yield GridStep(flow, t, t_next, x, x_next, slope, grid.cubic)

@@ -21,7 +21,7 @@ from flowsolvers.adapters.torchdiffeq.options import (
     march_of,
     tolerance_of,
 )
-from flowsolvers.adaptive import AdaptiveError
+from flowsolvers.adaptive import AdaptiveError, error_of
 from flowsolvers.embedded import Attempt, State
 from flowsolvers.events import Watch
 from flowsolvers.flowing import Flowing
@@ -71,6 +71,7 @@ def odeint(
     Raises:
         ValueError: The method is not carried, or an argument is not as described.
         AdaptiveError: A step became too short, or too many were needed.
+        NotFiniteError: An adaptive method met a velocity that is not finite; an AdaptiveError too.
 
     Example:
         >>> odeint(lambda t, y: t, torch.tensor(0.0), torch.tensor([2.0, 0.0]), method="midpoint")
@@ -87,7 +88,7 @@ def odeint(
             return problem.states()
         return problem.until(event_fn)
     except StuckError as stuck:
-        raise AdaptiveError(str(stuck), stuck.t, flow.whole(stuck.x), 0) from None
+        raise error_of(stuck, flow, 0) from None
 
 
 def steps_of(

@@ -124,7 +124,7 @@ def march_of(
     method: str,
     options: Mapping[str, Any],
     tolerance: Tolerance,
-    watch: Callable[[str, float, State, float], None],
+    watch: Callable[[str, float, float, State], None],
 ) -> March:
     """Read the options of an adaptive method."""
 
@@ -168,7 +168,7 @@ def tolerance_of(flow: Flowing[Any], rtol: Any, atol: Any) -> Tolerance:
 
 def callbacks(
     flow: Flowing[Any], func: object, method: str
-) -> Callable[[str, float, State, float], None]:
+) -> Callable[[str, float, float, State], None]:
     """Return what tells the callbacks that are attributes of the function."""
     valid = {"step": "callback_step"} if method in FIXED else _ADAPTIVE_CALLS
     idle = [
@@ -180,10 +180,10 @@ def callbacks(
         warnings.warn(f"method {method!r} never calls {', '.join(idle)}", stacklevel=3)
     calls = {event: getattr(func, name, None) for event, name in valid.items()}
 
-    def watch(event: str, t: float, x: State, h: float) -> None:
+    def watch(event: str, t: float, t_next: float, x: State) -> None:
         call = calls[event]
         if call is not None:
-            length = torch.tensor(h, dtype=torch.float64, device=flow.device)
+            length = torch.tensor(abs(t_next - t), dtype=torch.float64, device=flow.device)
             call(torch.tensor(t, dtype=torch.float64, device=flow.device), flow.whole(x), length)
 
     return watch
