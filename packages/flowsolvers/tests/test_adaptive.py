@@ -392,6 +392,69 @@ def test_longest_and_shortest_steps_are_kept_to():
     assert (found.accepted, found.rejected) == (4, 0)
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_the_shortest_step_is_no_excuse_for_what_is_not_finite(per_sample):
+    controller = fs.Controller(min_step=0.05)
+    with pytest.raises(fs.AdaptiveError, match="not finite") as caught:
+        fs.solve_adaptive(
+            lambda t, x: torch.where((t > 0.4).view(-1, 1), math.nan, x),
+            torch.ones(2, 1),
+            per_sample=per_sample,
+            controller=controller,
+        )
+    t = torch.as_tensor(caught.value.t)
+    assert bool(((t > 0.3) & (t <= 0.4)).all())
+    torch.testing.assert_close(
+        caught.value.x, t.float().exp().expand(2)[:, None], atol=1e-3, rtol=0
+    )
+
+
+def test_each_sample_may_have_a_first_step_of_its_own():
+    flow, start = lambda t, x: x * torch.cos(9 * t)[:, None], torch.ones(2, 3).double()
+    velocity = Counted(flow)
+    first = torch.tensor([0.01, 0.3], dtype=DOUBLE)
+    both = fs.solve_adaptive(velocity, start, first_step=first, per_sample=True)
+    torch.testing.assert_close(velocity.times[1], 0.2 * first)  # dopri5's second stage
+    for i, length in enumerate([0.01, 0.3]):
+        alone = fs.solve_adaptive(flow, start[:1], first_step=length, per_sample=True)
+        torch.testing.assert_close(both.x[i : i + 1], alone.x, atol=1e-12, rtol=0)
+        assert both.accepted[i] == alone.accepted[0]
+    with pytest.raises(ValueError, match=r"first_step has shape \(2,\)"):
+        fs.solve_adaptive(lambda t, x: x, start, first_step=first)
+    with pytest.raises(ValueError, match="first_step is a length"):
+        fs.solve_adaptive(flow, start, first_step=-first, per_sample=True)
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_a_norm_decides_which_errors_count(per_sample):
+    """Of a calm part and one that is hard, only the norm's part is solved to the tolerance."""
+
+    def flow(t, x):
+        t = t.view(-1, 1)
+        return {"calm": -x["calm"], "hard": 30 * torch.cos(30 * t) * torch.ones_like(x["hard"])}
+
+    x0 = {"calm": torch.ones(2, 3).double(), "hard": torch.zeros(2, 3).double()}
+    rms = lambda x: x.square().mean(1 if per_sample else None).sqrt()  # noqa: E731
+    found = {
+        part: fs.solve_adaptive(
+            flow,
+            x0,
+            rtol=1e-6,
+            atol=1e-6,
+            per_sample=per_sample,
+            norm=lambda x, part=part: rms(x[part]),
+        )
+        for part in x0
+    }
+    errors = {
+        part: (one.x["hard"] - math.sin(30.0)).abs().max().item() for part, one in found.items()
+    }
+    assert errors["hard"] < 1e-5 < 1e-2 < errors["calm"]
+    assert (found["calm"].x["calm"] - math.exp(-1.0)).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="norm returned shape"):
+        fs.solve_adaptive(flow, x0, per_sample=per_sample, norm=lambda x: x["calm"])
+
+
 def test_a_solve_of_no_length_evaluates_nothing():
     for per_sample in (False, True):
         found = fs.solve_adaptive(
@@ -478,23 +541,121 @@ def test_a_step_for_each_sample_reads_no_value_but_its_five_at_once():
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_guidance_in_an_interval_is_stepped_on_at_its_edges(per_sample):
-    times = []
+@pytest.mark.parametrize("backwards", [False, True])
+def test_guidance_in_an_interval_is_stepped_on_at_its_edges(per_sample, backwards):
+    times, calls = [], []
 
     def cond(t, x):
         times.append(t)
         return -x
 
-    v = fs.guided(cond, lambda t, x: -2 * x, scale=3.0, interval=(0.25, 0.75))
+    def uncond(t, x):
+        calls.append(t)
+        return -2 * x
+
+    interval = None if per_sample else (0.25, 0.75)
+    v = fs.guided(cond, uncond, scale=3.0, interval=interval or (0.0, 1.0))
     x0 = torch.ones(2, 1, dtype=DOUBLE)
-    if per_sample:
-        v = fs.guided(cond, lambda t, x: -2 * x, scale=3.0)
-    found = fs.solve_adaptive(v, x0, rtol=1e-9, atol=1e-9, per_sample=per_sample)
+    start, end = (1.0, 0.0) if backwards else (0.0, 1.0)
+    found = fs.solve_adaptive(
+        v, x0, rtol=1e-9, atol=1e-9, per_sample=per_sample, start=start, end=end
+    )
     # Inside it is -2x + 3(-x + 2x) = x, outside -x.
-    expected = math.exp(1.0) if per_sample else math.exp(0.5 - 0.5)
+    expected = math.exp(end - start) if per_sample else math.exp(0.5 - 0.5)
     torch.testing.assert_close(found.x, torch.full_like(x0, expected), atol=1e-7, rtol=0)
-    assert found.rows == 2 * found.nfe
+    assert found.rows == len(times) + len(calls)
+    assert found.nfe == len(times)
     if not per_sample:
+        assert len(calls) < 0.7 * len(times)  # half of the time is outside
         seen = [t.item() for t in times]
         assert math.nextafter(0.25, 0.0) in seen
         assert math.nextafter(0.75, 1.0) in seen
+        assert all(0.25 <= t.item() <= 0.75 for t in calls)
+
+
+def test_nothing_is_evaluated_while_guidance_is_zero():
+    calls = []
+
+    def cond(t, x):
+        calls.append(t.item())
+        return -x
+
+    v = fs.guided(cond, lambda t, x: -2 * x, scale=3.0, zero_until=0.3)
+    found = fs.solve_adaptive(v, torch.ones(2, 1, dtype=DOUBLE), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.x, torch.full_like(found.x, math.exp(0.7)))
+    assert min(calls) >= 0.3
+    assert found.rows == 2 * len(calls) < 2 * found.nfe
+
+
+@pytest.mark.parametrize("end", [2.0, -2.0])
+def test_a_contextual_velocity_is_told_what_is_known(end):
+    told = []
+
+    @fs.contextual
+    def velocity(t, x, *, context=None):
+        told.append((t.item(), context))
+        return plain(t, x)
+
+    def plain(t, x):
+        return turning(t**4, x)
+
+    options = {"rtol": 1e-4, "atol": 1e-4, "end": end, "jumps": [end / 2]}
+    found = fs.solve_adaptive(velocity, START, **options)
+    assert torch.equal(found.x, fs.solve_adaptive(plain, START, **options).x)
+    assert found.rejected > 0
+    contexts = [context for _, context in told]
+    assert [t for t, _ in told] == [context.t for context in contexts]
+    assert [context.evaluation for context in contexts] == list(range(found.nfe))
+    unknown = {(c.steps, c.evaluations, c.is_last, c.evaluations_left) for c in contexts}
+    assert unknown == {(None, None, None, None)}
+    # Before an attempt: the slope at the start, the guess, and the other side of the jump.
+    before = [c for c in contexts if c.t_next is None]
+    assert [(c.step > 0, c.stage) for c in before] == [(False, 0), (False, 0), (True, 0)]
+    assert before[2].t_start == end / 2
+    attempts = {(c.step, c.t_next) for c in contexts if c.t_next is not None}
+    assert len(attempts) == found.accepted + found.rejected
+    assert {step for step, _ in attempts} == set(range(found.accepted))
+    low, high = min(0.0, end), max(0.0, end)
+    for step, t_next in attempts:
+        mine = [c for c in contexts if (c.step, c.t_next) == (step, t_next)]
+        assert [c.stage for c in mine] == list(range(1, 7))
+        assert all(min(c.t_start, t_next) <= c.t <= max(c.t_start, t_next) for c in mine)
+        assert low <= t_next <= high
+
+
+def test_with_a_step_for_each_sample_there_is_no_context():
+    told = []
+
+    @fs.contextual
+    def velocity(t, x, *, context=None):
+        told.append(context)
+        return -x
+
+    fs.solve_adaptive(velocity, torch.ones(2, 1), per_sample=True)
+    assert set(told) == {None}
+
+
+def test_a_momentum_is_refused():
+    v = fs.guided(lambda t, x: -x, lambda t, x: x, scale=2.0, rule=fs.APG(momentum=fs.Momentum()))
+    with pytest.raises(ValueError, match="leave it out of an adaptive solve"):
+        fs.solve_adaptive(v, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_who_catches_what_is_not_finite_of_solve_catches_it_here(per_sample):
+    def velocity(t, x):
+        return torch.where(t.view(-1, 1) > 0.25, math.nan, 1.0) + 0 * x
+
+    x0 = torch.zeros(2, 1, dtype=DOUBLE)
+    for start in (x0, math.nan * x0):
+        with pytest.raises(fs.NotFiniteError) as caught:
+            fs.solve_adaptive(velocity, start, per_sample=per_sample)
+        assert isinstance(caught.value, fs.AdaptiveError)
+        assert (caught.value.step, caught.value.evaluation) == (None, None)
+    with pytest.raises(fs.NotFiniteError, match="NaN or infinite"):
+        fs.solve(lambda t, x: velocity(t, x), x0, nfe=8, solver="euler")
+    steep = lambda t, x: torch.where(t.view(-1, 1) < 0.5, 0.0, 1e30) + 0 * x  # noqa: E731
+    for options in ({"max_nfe": 5}, {}):
+        with pytest.raises(fs.AdaptiveError) as other:
+            fs.solve_adaptive(steep, x0, per_sample=per_sample, **options)
+        assert not isinstance(other.value, fs.NotFiniteError)

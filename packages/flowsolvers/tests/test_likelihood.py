@@ -13,6 +13,7 @@ from torch.distributions import (
 )
 
 import flowsolvers as fs
+from flowsolvers.likelihood import with_divergence
 
 DIM = 64
 
@@ -48,6 +49,74 @@ def test_exact_divergence_gives_the_density(components):
     # The noise flows back to the data.
     back = fs.solve(velocity, found.x0, nfe=200).x
     torch.testing.assert_close(back, x1, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("components", [1, 5])
+@pytest.mark.parametrize("solver", [None, "bosh3", "tsit5", "dopri8"])
+def test_to_a_tolerance_the_density_is_within_it(components, solver):
+    data, velocity, x1 = mixture(components)
+    expected = data.log_prob(x1)
+    counts = []
+    for tolerance in (1e-3, 1e-4, 1e-5):
+        found = fs.log_likelihood(velocity, x1, rtol=0.0, atol=tolerance, solver=solver, exact=True)
+        # The prior multiplies the error of the noise by the noise, which is 8 long.
+        assert (found.log_density - expected).abs().max() < 50 * tolerance
+        counts.append(found.nfe)
+        back = fs.solve_adaptive(velocity, found.x0, rtol=1e-7, atol=1e-7).x
+        assert (back - x1).abs().max() < 10 * tolerance
+    if solver != "dopri8":  # at these tolerances its steps are bounded by stability
+        assert counts == sorted(set(counts))
+
+
+def test_figures_of_the_documentation():
+    data, velocity, x1 = mixture(5)
+
+    def error(**options):
+        found = fs.log_likelihood(velocity, x1, exact=True, **options)
+        return (found.log_density - data.log_prob(x1)).abs().max().item(), found.nfe
+
+    assert 0.0032 < error(nfe=200)[0] < 0.0033
+    nats, nfe = error(atol=1e-3, solver="dopri8")
+    assert nats < 0.0001
+    assert nfe < 200
+    assert error(atol=1e-3)[0] < 0.027
+    assert error(atol=1e-5)[0] < 0.0005
+
+
+def test_the_density_counts_however_large_the_data():
+    """Among 3072 numbers of each sample the one of its density is not lost."""
+    deviation = torch.linspace(0.1, 0.5, 3072, dtype=torch.float64)
+
+    def velocity(t, x):  # to N(0, deviation²), for which the noise is only scaled
+        variance = t**2 * deviation**2 + (1 - t) ** 2
+        return (t * deviation**2 - (1 - t)) / variance * x
+
+    x1 = deviation * torch.randn(2, 3072, generator=torch.Generator().manual_seed(0)).double()
+    expected = Independent(Normal(torch.zeros_like(deviation), deviation), 1).log_prob(x1)
+    found = fs.log_likelihood(velocity, x1, atol=1e-4, generator=torch.Generator())
+    assert (found.log_density - expected).abs().max() < 1e-2  # of 2000 nats
+
+
+def test_to_a_tolerance_an_interval_of_guidance_is_stepped_on():
+    _, velocity, x1 = mixture(5)
+    x1 = x1[:2]
+    options = {"atol": 1e-8, "solver": "dopri8", "exact": True}
+    guided = fs.guided(velocity, lambda t, x: 0.5 * x, scale=2.0, interval=(0.3, 0.6))
+    found = fs.log_likelihood(guided, x1, **options)
+    # The same from one edge to the next, each part smooth.
+    inside = fs.guided(velocity, lambda t, x: 0.5 * x, scale=2.0)
+    state = x1, torch.zeros(len(x1), dtype=torch.float64)
+    for part, start, end in ((velocity, 1.0, 0.6), (inside, 0.6, 0.3), (velocity, 0.3, 0.0)):
+        flow = with_divergence(part, x1, None)
+        state = fs.solve_adaptive(
+            flow, state, rtol=0.0, atol=1e-11, pair="dopri8", start=start, end=end
+        ).x
+    x0, volume = state
+    torch.testing.assert_close(found.x0, x0, atol=1e-7, rtol=0)
+    prior = -0.5 * (x0.square().sum(1) + DIM * math.log(2 * math.pi))
+    torch.testing.assert_close(found.log_density, prior + volume, atol=1e-6, rtol=0)
+    blind = fs.log_likelihood(lambda t, x: guided(t, x), x1, **options)
+    assert found.nfe < blind.nfe
 
 
 def test_probes_estimate_the_divergence_without_bias():
@@ -140,6 +209,10 @@ def test_shape_dtype_prior_and_grad_mode():
         (torch.ones(2, 2), {"solver": "dpm2m", "exact": True}, "noise to data only"),
         (torch.ones(2, 2), {"solver": "midpiont", "exact": True}, "closest first: midpoint"),
         (torch.ones(2, 2), {"nfe": 0, "exact": True}, "nfe"),
+        (torch.ones(2, 2), {"nfe": 9, "atol": 1e-3, "exact": True}, "of a budget"),
+        (torch.ones(2, 2), {"rtol": 1e-3, "exact": True}, "needs atol"),
+        (torch.ones(2, 2), {"atol": -1.0, "exact": True}, "rtol and atol must be finite"),
+        (torch.ones(2, 2), {"atol": 1e-3, "solver": "rk4", "exact": True}, "unknown pair"),
     ],
 )
 def test_bad_settings_are_refused(x1, options, message):

@@ -14,9 +14,13 @@ from flowsolvers.adapters.torchdiffeq import (
     odeint_dense,
     odeint_event,
 )
+from flowsolvers.adapters.torchdiffeq.adams import bashforth, moulton
 
 DOUBLE = torch.float64
-GRID = METHODS[:5]
+ADAMS = ["explicit_adams", "implicit_adams"]
+#: At order 11 the explicit one amplifies rounding from step to step, torchdiffeq's own as well.
+STABLE = {"explicit_adams": {"max_order": 5}}
+GRID = ["euler", "midpoint", "heun2", "heun3", "rk4", *ADAMS, "fixed_adams"]
 
 
 class Net(nn.Module):
@@ -57,11 +61,68 @@ FORWARD, BACKWARD = [0.0, 0.3, 1.0, 2.0], [2.0, 1.1, 1.0, -0.1]
     ids=["t", "step", "cubic", "constructor"],
 )
 @pytest.mark.parametrize("method", GRID)
+@pytest.mark.filterwarnings("ignore:.*did not converge")  # on the coarsest grid, there as here
 def test_methods_on_a_grid_are_torchdiffeqs(theirs, y0, method, options, times):
     t = torch.tensor(times, dtype=DOUBLE)
+    options = options | STABLE.get(method, {})
     expected = theirs.odeint(Net(), y0, t, method=method, options=dict(options))
     found = odeint(Net(), y0, t, method=method, options=options)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("order", [2, 3, 4, 5, 8, 12])
+@pytest.mark.parametrize("method", ADAMS)
+@pytest.mark.filterwarnings("ignore:max_order is below 4")
+def test_adams_methods_are_torchdiffeqs_at_every_order(theirs, y0, method, order):
+    t = torch.tensor([0.0, 0.3, 0.7], dtype=DOUBLE)  # 14 steps: each order is met
+    net, calls = Net(), []
+
+    def counted(t, y):
+        calls.append(t)
+        return net(t, y)
+
+    options = {"step_size": 0.05, "max_order": order}
+    arguments = {"method": method, "options": options, "rtol": 1e-4, "atol": 1e-4}
+    expected = theirs.odeint(counted, y0, t, **arguments)
+    count = len(calls)
+    calls.clear()
+    found = odeint(counted, y0, t, **arguments)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    assert len(calls) == count
+
+
+@pytest.mark.parametrize("method", ADAMS)
+def test_adams_methods_have_torchdiffeqs_gradients(theirs, y0, method):
+    t = torch.tensor(FORWARD, dtype=DOUBLE)
+    found = []
+    for solve in (theirs.odeint, odeint):
+        net, start = Net(), y0.clone().requires_grad_()
+        options = {"step_size": 0.1, "max_order": 5}
+        states = solve(net, start, t, method=method, options=options, rtol=1e-3, atol=1e-3)
+        states.square().sum().backward()
+        found.append((start.grad, net.linear.weight.grad))
+    torch.testing.assert_close(found[1], found[0], atol=1e-11, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Functional iteration did not converge")
+def test_iterations_that_do_not_converge_are_said_and_are_torchdiffeqs(theirs, y0):
+    t = torch.tensor([0.0, 1.0], dtype=DOUBLE)
+    arguments = {"method": "implicit_adams", "options": {"step_size": 0.05, "max_iters": 2}}
+    expected = theirs.odeint(lambda t, y: -9 * y, y0, t, **arguments)
+    with pytest.warns(UserWarning, match="did not converge at t=") as told:
+        found = odeint(lambda t, y: -9 * y, y0, t, **arguments)
+    assert len(told) == 18  # all steps but the first two, of the 3/8 rule
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("count", range(3, 12))
+def test_weights_of_adams_integrate_every_polynomial_of_their_degree(count):
+    for weights, newest in ((bashforth(count), 0.0), (moulton(count), 1.0)):
+        for degree in range(count):
+            terms = [w * (newest - i) ** degree for i, w in enumerate(weights)]
+            size = math.fsum(map(abs, terms))
+            assert abs(math.fsum(terms) - 1 / (degree + 1)) < 1e-15 * size
+    assert bashforth(4) == pytest.approx([55 / 24, -59 / 24, 37 / 24, -9 / 24], rel=1e-15)
 
 
 @pytest.mark.parametrize("times", [FORWARD, BACKWARD])
@@ -237,6 +298,7 @@ def test_an_event_and_its_gradient(method, reverse):
     t0 = torch.tensor(0.0, dtype=DOUBLE)
     sign = -1.0 if reverse else 1.0
     options = {"step_size": 0.01, "interp": "cubic"} if method in GRID else {}
+    options |= STABLE.get(method, {})
     t, y = odeint_event(
         lambda t, y: -sign * y,
         y0,
@@ -333,7 +395,8 @@ def test_one_time_is_the_start_and_costs_nothing():
     [
         ({"method": "dopri6"}, "closest first: dopri5"),
         ({"method": "heun"}, "closest first: heun2"),
-        ({"method": "implicit_adams"}, "not carried"),
+        ({"method": "implicit_euler"}, "not carried"),
+        ({"method": "implicit_adams", "options": {"max_order": 13}}, "from 2 to 12"),
         ({"t": torch.tensor([0.0, 1.0, 0.5])}, "strictly increasing or decreasing"),
         ({"t": torch.tensor([0, 1])}, "floating point"),
         ({"method": "rk4", "options": {"interp": "quintic"}}, "linear"),
@@ -373,3 +436,13 @@ def test_too_many_steps_are_an_error_with_the_state():
     assert 0 < caught.value.t < 1
     with pytest.raises(ValueError, match="adjoint_params"):
         odeint_adjoint(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]))
+
+
+def test_an_adaptive_method_says_what_is_not_finite():
+    flow = lambda t, y: torch.where(t > 0.5, math.nan, 1.0) * y  # noqa: E731
+    for solve in (
+        lambda: odeint(flow, torch.ones(2), torch.tensor([0.0, 1.0])),
+        lambda: odeint_dense(flow, torch.ones(2), 0.0, 1.0),
+    ):
+        with pytest.raises(fs.NotFiniteError, match=r"not finite at t=0\.5"):
+            solve()

@@ -14,15 +14,23 @@ from torch import Tensor
 from flowsolvers.context import jumps as jumps_of
 from flowsolvers.context import model_rows
 from flowsolvers.control import Controller
-from flowsolvers.embedded import Attempt, Interpolant, Tolerance
+from flowsolvers.embedded import Attempt, Interpolant, Tolerance, rms_of_all, rms_of_each
 from flowsolvers.embedded import State as Parts
 from flowsolvers.events import Event, Watch, WatchEach
 from flowsolvers.flowing import Flow, Flowing
 from flowsolvers.marching import EachStep, March, StuckError, march, march_each
 from flowsolvers.pairs import Pair, embedded_pair
 from flowsolvers.states import State
+from flowsolvers.watch import NotFiniteError
+from flowsolvers.whereabouts import Whereabouts
 
-__all__ = ["AdaptiveError", "AdaptiveSolution", "solve_adaptive"]
+__all__ = [
+    "AdaptiveError",
+    "AdaptiveNotFiniteError",
+    "AdaptiveSolution",
+    "error_of",
+    "solve_adaptive",
+]
 
 
 class AdaptiveError(RuntimeError):
@@ -38,6 +46,25 @@ class AdaptiveError(RuntimeError):
     def __init__(self, message: str, t: float | Tensor, x: Any, nfe: int) -> None:
         super().__init__(message)
         self.t, self.x, self.nfe = t, x, nfe
+
+
+class AdaptiveNotFiniteError(AdaptiveError, NotFiniteError):
+    """An adaptive solve that met a velocity that is not finite.
+
+    Whoever catches `NotFiniteError` of `solve` catches this too. It knows no evaluation or step,
+    since what is not finite is tried again with shorter steps first.
+    """
+
+    def __init__(self, message: str, t: float | Tensor, x: Any, nfe: int) -> None:
+        super().__init__(message, t, x, nfe)
+        self.step: int | None = None
+        self.evaluation: int | None = None
+
+
+def error_of(stuck: StuckError, flow: Flowing[Any], nfe: int) -> AdaptiveError:
+    """Make the error of a march that is stuck."""
+    kind = AdaptiveError if stuck.finite else AdaptiveNotFiniteError
+    return kind(str(stuck), stuck.t, flow.whole(stuck.x), nfe)
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,12 +128,13 @@ def solve_adaptive(
     end: float | Tensor = 1.0,
     at: Sequence[float] | Tensor | None = None,
     per_sample: bool = False,
-    first_step: float | None = None,
+    first_step: float | Tensor | None = None,
     max_nfe: int = 100_000,
     jumps: Sequence[float] = (),
     events: Sequence[Callable[[Tensor, State], Tensor]] = (),
     dense: bool = False,
     controller: Controller | None = None,
+    norm: Callable[[State], Tensor] | None = None,
 ) -> AdaptiveSolution[State]:
     """Integrate dx/dt = velocity(t, x) to a tolerance, by an embedded Runge-Kutta pair.
 
@@ -119,12 +147,12 @@ def solve_adaptive(
     Args:
         velocity: `velocity(t, x) -> dx/dt`, as for `solve`: t is a 0-dim tensor on x0's device in
             the state's dtype. With `per_sample` t is `[B]`, and so must be broadcast, as in
-            t[:, None]. One that is contextual is called without a context, since the number of
-            evaluations is not known before.
+            t[:, None]. One that is contextual is given a `Context` in which what is not known
+            before, such as the number of evaluations, is None; with `per_sample` it is given none.
         x0: The state at the start: a tensor, or a tree of tensors; floating point.
         rtol: Error allowed in each step relative to each element of the state.
-        atol: Error allowed besides; the root mean square of error / (atol + rtol·|x|) over all
-            elements decides.
+        atol: Error allowed besides; a step is kept if the norm of error / (atol + rtol·|x|) is at
+            most 1.
         pair: `bosh3`, `dopri5`, `tsit5`, `dopri8` or another of `pairs.PAIRS`, or a `Pair`.
         start: Time of x0. Times need not be in [0, 1].
         end: Time to reach; one before `start` goes backwards. With `per_sample` both may be `[B]`,
@@ -134,7 +162,8 @@ def solve_adaptive(
         per_sample: Give each row of the first dimension its own time, step and acceptance. It then
             ends as it would alone, though in one call of the model for all rows; the calls are
             as many as the slowest row needs.
-        first_step: Length of the first attempt; guessed from one more evaluation when None.
+        first_step: Length of the first attempt, with `per_sample` perhaps `[B]`; guessed from
+            one more evaluation when None.
         max_nfe: Evaluations after which to give up.
         jumps: Times at which the velocity jumps, besides those that it names itself, as guidance
             in an interval does; a step ends at each, and the next one starts on its other side.
@@ -143,6 +172,8 @@ def solve_adaptive(
         dense: Keep the dense output for `AdaptiveSolution.at`: the order of the polynomial times
             the size of the state, for each step.
         controller: The rule for the lengths of steps; `Controller()` when None.
+        norm: Of a state to one number, to `[B]` with `per_sample`; the root mean square of all
+            elements (of the sample) when None, in which a tensor counts as much as it is large.
 
     Returns:
         The state at the end or at the first event, and what it took.
@@ -150,8 +181,10 @@ def solve_adaptive(
     Raises:
         ValueError: A setting is out of range, the state is not floating point, or the velocity
             has not the state's shape.
-        AdaptiveError: The velocity is not finite, a step became too short, or `max_nfe` was
-            reached. It has the last good state.
+        AdaptiveError: A step became too short, or `max_nfe` was reached. It has the last good
+            state.
+        AdaptiveNotFiniteError: The velocity is not finite. It is an AdaptiveError, and a
+            `NotFiniteError` as `solve` raises it.
 
     Convention: t=0 is noise and t=1 is data. An event whose value is 0 at the start does not end
         the solve there.
@@ -164,8 +197,12 @@ def solve_adaptive(
         >>> found.x, found.accepted, found.rejected
         (tensor([2.7183, 2.7183], dtype=torch.float64), 10, 0)
     """
-    flow = Flowing(velocity, x0, per_sample)
-    _check_numbers(rtol, atol, first_step, max_nfe, jumps)
+    where = None
+    if getattr(velocity, "takes_context", False) and not (per_sample or isinstance(start, Tensor)):
+        where = Whereabouts(velocity, float(start))
+    flow = Flowing(velocity, x0, per_sample, where)
+    _check_numbers(rtol, atol, max_nfe, jumps)
+    _check_first_step(first_step, len(flow.x0[0]) if per_sample else None)
     count = len(flow.x0)
     by = March(
         embedded_pair(pair),
@@ -174,23 +211,45 @@ def solve_adaptive(
         first_step,
         max_nfe,
         (*jumps, *jumps_of(velocity)),
+        norm=_norm(norm, flow, per_sample),
     )
+    if where is not None:
+        by.watch = where
     watched = [flow.event(event) for event in events]
     try:
         found = (_each if per_sample else _together)(flow, by, start, end, at, watched, dense)
     except StuckError as stuck:
-        raise AdaptiveError(str(stuck), stuck.t, flow.whole(stuck.x), by.nfe) from None
+        raise error_of(stuck, flow, by.nfe) from None
     return AdaptiveSolution(
         x=flow.whole(found.x),
         t=found.t,
         nfe=by.nfe,
-        rows=by.nfe * model_rows(velocity),
+        rows=by.nfe * model_rows(velocity) if where is None else where.rows,
         accepted=found.accepted,
         rejected=found.rejected,
         states=None if found.states is None else flow.whole(found.states),
         event=found.event,
         _dense=None if found.dense is None else lambda t: flow.whole(found.dense(t)),
     )
+
+
+def _norm(
+    given: Callable[[Any], Tensor] | None, flow: Flowing[Any], per_sample: bool
+) -> Callable[[Parts], Tensor]:
+    if given is None:
+        return rms_of_each if per_sample else rms_of_all
+    shape = flow.x0[0].shape[:1] if per_sample else torch.Size()
+
+    def norm(parts: Parts) -> Tensor:
+        found = given(flow.whole(parts))
+        if found.shape != shape:
+            raise ValueError(
+                f"norm returned shape {tuple(found.shape)}; it must return one number, or with "
+                f"per_sample=True one for each sample, shape {tuple(shape)}"
+            )
+        return found
+
+    return norm
 
 
 @dataclass(eq=False)
@@ -206,19 +265,28 @@ class _Found:
     dense: Callable[[float | Tensor], Parts] | None
 
 
-def _check_numbers(
-    rtol: float, atol: float, first_step: float | None, max_nfe: int, jumps: Sequence[float]
-) -> None:
+def _check_numbers(rtol: float, atol: float, max_nfe: int, jumps: Sequence[float]) -> None:
     if not (0.0 <= rtol < math.inf and 0.0 <= atol < math.inf and rtol + atol > 0.0):
         raise ValueError(
             f"rtol and atol must be finite, at least 0, and not both 0, got {rtol!r} and {atol!r}"
         )
-    if first_step is not None and not 0.0 < first_step < math.inf:
-        raise ValueError(f"first_step is a length, above 0 in either direction, got {first_step!r}")
     if max_nfe < 1:
         raise ValueError(f"max_nfe must be at least 1, got {max_nfe!r}")
     if not all(map(math.isfinite, jumps)):
         raise ValueError(f"jumps must be finite times, got {list(jumps)!r}")
+
+
+def _check_first_step(first_step: float | Tensor | None, batch: int | None) -> None:
+    if first_step is None:
+        return
+    if isinstance(first_step, Tensor) and first_step.shape not in ((), (batch,)):
+        raise ValueError(
+            f"first_step has shape {tuple(first_step.shape)}; it must be one number, or with "
+            f"per_sample=True one for each sample"
+        )
+    lengths = torch.as_tensor(first_step)
+    if not bool(((lengths > 0.0) & lengths.isfinite()).all()):
+        raise ValueError(f"first_step is a length, above 0 in either direction, got {first_step!r}")
 
 
 def _together(

@@ -20,16 +20,19 @@ __all__ = ["Context", "ContextVelocity", "contextual", "evaluate", "jumps", "mod
 class Context:
     """Where in a solve one velocity evaluation stands.
 
+    `solve` knows all of it beforehand. `solve_adaptive` does not know how many evaluations are to
+    come, and the end of a step only once it is attempted; what is not known is None.
+
     Args:
-        t: Time of the evaluation, in [0, 1], 0 = noise and 1 = data.
-        t_next: Time at which the step ends.
-        step: Index of the step, from 0.
-        steps: Number of steps.
+        t: Time of the evaluation, 0 = noise and 1 = data; in [0, 1] in a solve on a budget.
+        t_next: Time at which the step ends; None before the first attempt of a step.
+        step: Index of the step, from 0. An attempt that is rejected is made again under the same.
+        steps: Number of steps; None if they are as many as it takes.
         stage: Index of the evaluation within its step, from 0; above 0 for the later stages of
             a Runge-Kutta method.
         evaluation: Index of the evaluation, from 0; a cache or a momentum starts anew at 0.
-        evaluations: Number of evaluations.
-        is_last: Whether no evaluation follows.
+        evaluations: Number of evaluations; None if they are as many as it takes.
+        is_last: Whether no evaluation follows; None if that is not known.
         t_start: Time at which the step starts; None where it is not known.
 
     Example:
@@ -38,19 +41,19 @@ class Context:
     """
 
     t: float
-    t_next: float
+    t_next: float | None
     step: int
-    steps: int
+    steps: int | None
     stage: int
     evaluation: int
-    evaluations: int
-    is_last: bool
+    evaluations: int | None
+    is_last: bool | None
     t_start: float | None = None
 
     @property
-    def evaluations_left(self) -> int:
-        """Number of evaluations after this one."""
-        return self.evaluations - self.evaluation - 1
+    def evaluations_left(self) -> int | None:
+        """Number of evaluations after this one; None if they are as many as it takes."""
+        return None if self.evaluations is None else self.evaluations - self.evaluation - 1
 
     def within(self, low: float, high: float) -> bool:
         """Tell whether the evaluation is inside an interval of time.
@@ -71,7 +74,7 @@ class Context:
             (False, True)
         """
         t = self.t
-        if t in (low, high) and self.t_start is not None:
+        if t in (low, high) and self.t_start is not None and self.t_next is not None:
             t = (self.t_start + self.t_next) / 2
         return low <= t <= high
 

@@ -33,8 +33,8 @@ class Controller:
         integral: I.
         proportional: P.
         derivative: D.
-        min_step: A step this short is accepted whatever its error, and none is shorter, but to
-            land on an end or a jump; 0 for none such.
+        min_step: A step this short is accepted whatever its error, if that is finite, and none
+            is shorter, but to land on an end or a jump; 0 for none such.
         max_step: No step is longer.
 
     Raises:

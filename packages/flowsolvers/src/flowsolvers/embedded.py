@@ -23,6 +23,7 @@ __all__ = [
     "attempt",
     "combine",
     "initial_step",
+    "largest_rms",
     "rms_of_all",
     "rms_of_each",
 ]
@@ -183,6 +184,11 @@ def rms_of_each(parts: State) -> Tensor:
         (part.square().reshape(size, -1).sum(1) for part in parts), start=parts[0].new_zeros(size)
     )
     return (total / max(count, 1)).sqrt()
+
+
+def largest_rms(parts: State) -> Tensor:
+    """Return the largest of the tensors' root mean squares, so that a small tensor counts too."""
+    return torch.stack([rms_of_all([part]) for part in parts]).max()
 
 
 def combine(weights: Sequence[float], slopes: list[State]) -> State:

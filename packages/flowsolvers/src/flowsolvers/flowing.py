@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
+from flowsolvers.context import evaluate
 from flowsolvers.embedded import Clock
 from flowsolvers.embedded import State as Parts
 from flowsolvers.events import Event
 from flowsolvers.states import State, each, flatten, unflatten
+from flowsolvers.whereabouts import Whereabouts
 
 __all__ = ["Flow", "Flowing"]
 
@@ -22,9 +24,18 @@ Flow: TypeAlias = Callable[[Tensor, State], State]
 
 
 class Flowing(Generic[State]):
-    """A velocity on the state's tensors, in the state's dtype."""
+    """A velocity on the state's tensors, in the state's dtype.
 
-    def __init__(self, velocity: Flow[State], x0: State, per_sample: bool) -> None:
+    With `where`, a velocity that takes the context of an evaluation is given it.
+    """
+
+    def __init__(
+        self,
+        velocity: Flow[State],
+        x0: State,
+        per_sample: bool,
+        where: Whereabouts | None = None,
+    ) -> None:
         leaves, self._spec = flatten(x0)
         parts = each(leaves)
         if not all(part.is_floating_point() for part in parts):
@@ -39,7 +50,8 @@ class Flowing(Generic[State]):
             )
         if per_sample and not parts[0].ndim:
             raise ValueError("per_sample=True needs a batch as x0's first dimension, got 0-dim")
-        self._velocity = velocity
+        self._velocity: Any = velocity
+        self._where = where
         self.dtypes = [part.dtype for part in parts]
         self._shapes = [part.shape for part in parts]
         double = torch.float64 in self.dtypes
@@ -64,21 +76,26 @@ class Flowing(Generic[State]):
     def __call__(self, t: Clock, x: Parts, nudge: Clock = 0.0) -> Parts:
         """Return dx/dt."""
         seen = [p.to(dtype) for p, dtype in zip(x, self.dtypes, strict=True)]
-        v = self._velocity(self._beside(t, nudge), self.whole(seen))
+        time = self._beside(t, nudge)
+        context = None
+        if self._where is not None and not isinstance(time, Tensor):
+            context = self._where.context(time)
+        v = evaluate(self._velocity, self.time(time), self.whole(seen), context)
         leaves, spec = flatten(v)
         parts = list(each(leaves))
         self._check(parts, spec)
         return [part.to(self.dtype) for part in parts]
 
-    def _beside(self, t: Clock, nudge: Clock) -> Tensor:
+    def _beside(self, t: Clock, nudge: Clock) -> Clock:
+        """Return the time, or the number next to it in the state's dtype; a float on the host."""
         if isinstance(nudge, Tensor):
             near = self.time(t)
             away = torch.nextafter(near, nudge.to(near.dtype) * math.inf)
             return torch.where(nudge == 0, near, away)
         if nudge == 0.0:
-            return self.time(t)
+            return t
         near = torch.tensor(t, dtype=self.dtype)  # on the host
-        return self.time(torch.nextafter(near, torch.full_like(near, nudge * math.inf)).item())
+        return torch.nextafter(near, torch.full_like(near, nudge * math.inf)).item()
 
     def _check(self, parts: Parts, spec: TreeSpec | None) -> None:
         if spec != self._spec or [part.shape for part in parts] != self._shapes:

@@ -5,16 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from flowsolvers.adaptive import AdaptiveSolution, solve_adaptive
+from flowsolvers.context import Context, contextual, evaluate, jumps
+from flowsolvers.embedded import largest_rms
 from flowsolvers.layout import plan
-from flowsolvers.solve import solve
+from flowsolvers.solve import Solution, solve
 from flowsolvers.velocity import Velocity
 from flowsolvers.warps import Schedule
 
 __all__ = ["Likelihood", "log_likelihood", "probe_signs", "with_divergence"]
+
+
+#: The state, and what the log of its volume has changed by, `[B]`.
+_State: TypeAlias = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,9 +44,11 @@ def log_likelihood(
     velocity: Velocity,
     x1: Tensor,
     *,
-    nfe: int = 100,
-    solver: str = "midpoint",
+    nfe: int | None = None,
+    solver: str | None = None,
     schedule: Schedule | None = None,
+    atol: float | None = None,
+    rtol: float = 0.0,
     probes: int = 1,
     exact: bool = False,
     generator: torch.Generator | None = None,
@@ -55,9 +65,17 @@ def log_likelihood(
         velocity: `velocity(t, x) -> dx/dt`, as for `solve`; differentiable in x, with no row of
             the batch seeing another.
         x1: Data, `[B, ...]`, floating point.
-        nfe: Velocity evaluations, at least 1.
-        solver: A Runge-Kutta or Adams method of `solvers()`; exponential ones run one way only.
-        schedule: The time grid, in the same time as when sampling; `uniform()` when None.
+        nfe: Velocity evaluations, at least 1; 100 when None. With atol, as many as it takes.
+        solver: On a budget, a Runge-Kutta or Adams method of `solvers()`, `midpoint` when None;
+            exponential ones run one way only. To a tolerance, a pair of `solve_adaptive`, `dopri5`
+            when None.
+        schedule: The time grid of a budget, in the same time as when sampling; `uniform()` when
+            None.
+        atol: Give this in place of a budget: the error allowed in each step, in the noise and, in
+            nats, in the log density, of which each counts for itself. That of the result is a
+            multiple, since the prior multiplies the noise's error by the noise.
+        rtol: Error allowed besides, relative to the noise and to the log density; a thousandth of
+            1000 nats is a nat.
         probes: z for each sample, at least 1. The error falls as 1/√probes; that of the mean over
             samples is unbiased.
         exact: Take the exact divergence, at D products; memory grows with B·D².
@@ -69,8 +87,10 @@ def log_likelihood(
 
     Raises:
         ValueError: x1 is not floating point or has no batch; a number is out of range; there is
-            no generator to draw probes from, or it is on another device; or the solver is unknown
-            or exponential.
+            no generator to draw probes from, or it is on another device; the solver is unknown
+            or exponential; a budget and a tolerance are given, or rtol without atol.
+        AdaptiveError: A solve to a tolerance could not go on. Its x is the pair of the state and
+            what the log density has changed by.
 
     Source: Chen et al., Neural Ordinary Differential Equations, arXiv 1806.07366; Grathwohl et
         al., FFJORD, arXiv 1810.01367, with one probe for the whole solve.
@@ -80,6 +100,9 @@ def log_likelihood(
         >>> found = log_likelihood(flow, torch.zeros(1, 3), nfe=20, exact=True)
         >>> round(found.log_density.item() + 1.5 * math.log(2 * math.pi * 4.0), 4)
         0.0
+        >>> found = log_likelihood(flow, torch.zeros(1, 3), atol=1e-4, exact=True)
+        >>> round(found.log_density.item() + 1.5 * math.log(2 * math.pi * 4.0), 4), found.nfe
+        (0.0, 32)
     """
     if not (x1.is_floating_point() and x1.ndim):
         raise ValueError(
@@ -88,15 +111,35 @@ def log_likelihood(
         )
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes!r}")
-    backwards = plan(solver, nfe=nfe, schedule=schedule, start=1.0, end=0.0)
+    if atol is None and rtol:
+        raise ValueError(f"rtol={rtol!r} needs atol too, as in atol=1e-4")
+    if atol is not None and (nfe is not None or schedule is not None):
+        raise ValueError("nfe and schedule are of a budget, atol is a tolerance; give one or other")
     signs = None if exact else probe_signs(x1, probes, generator)
     augmented = with_divergence(velocity, x1, signs)
+    precise = torch.float64 if x1.dtype == torch.float64 else torch.float32
+    state = x1.detach(), torch.zeros(len(x1), dtype=precise, device=x1.device)
     with torch.no_grad():
-        precise = torch.float64 if x1.dtype == torch.float64 else torch.float32
-        volume = torch.zeros(len(x1), dtype=precise, device=x1.device)
-        x0, volume = solve(augmented, (x1.detach(), volume), plan=backwards).x
+        found: Solution[_State] | AdaptiveSolution[_State]
+        if atol is None:
+            name, budget = "midpoint" if solver is None else solver, 100 if nfe is None else nfe
+            backwards = plan(name, nfe=budget, schedule=schedule, start=1.0, end=0.0)
+            found = solve(augmented, state, plan=backwards)
+        else:
+            found = solve_adaptive(
+                augmented,
+                state,
+                rtol=rtol,
+                atol=atol,
+                pair="dopri5" if solver is None else solver,
+                start=1.0,
+                end=0.0,
+                jumps=jumps(velocity),
+                norm=lambda state: largest_rms(list(state)),
+            )
+        x0, volume = found.x
         log_prior = (_standard_normal if prior is None else prior)(x0)
-    return Likelihood(log_prior + volume, x0, nfe)
+    return Likelihood(log_prior + volume, x0, found.nfe)
 
 
 def with_divergence(
@@ -110,13 +153,16 @@ def with_divergence(
         signs: Probes, `[probes, B, ...]`; None for the exact divergence.
 
     Returns:
-        A velocity of the state (x, log volume `[B]`). No gradient is kept.
+        A velocity of the state (x, log volume `[B]`), which takes the context if x's does. No
+        gradient is kept.
     """
 
-    def augmented(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def augmented(
+        t: Tensor, state: tuple[Tensor, Tensor], *, context: Context | None = None
+    ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = state[0].to(x1.dtype).detach().requires_grad_()
-            v = velocity(t, x)
+            v = evaluate(velocity, t, x, context)
             if v.shape != x1.shape:
                 raise ValueError(
                     f"velocity returned shape {tuple(v.shape)} for x of shape {tuple(x1.shape)}; "
@@ -125,7 +171,7 @@ def with_divergence(
             divergence = _divergence(v, x, signs)
         return v.detach(), divergence
 
-    return augmented
+    return contextual(augmented) if getattr(velocity, "takes_context", False) else augmented
 
 
 def probe_signs(x1: Tensor, probes: int, generator: torch.Generator | None) -> Tensor:

@@ -20,11 +20,10 @@ from flowsolvers.embedded import (
     attempt,
     initial_step,
     rms_of_all,
-    rms_of_each,
 )
 from flowsolvers.pairs import Pair
 
-__all__ = ["EachStep", "March", "StuckError", "march", "march_each"]
+__all__ = ["EachStep", "March", "StuckError", "judge", "march", "march_each"]
 
 _EPS = sys.float_info.epsilon
 
@@ -33,14 +32,17 @@ _SLIVER = 1 + 1e-6
 
 
 class StuckError(RuntimeError):
-    """The march cannot go on; the state is the last good one."""
+    """The march cannot go on; the state is the last good one.
 
-    def __init__(self, message: str, t: float | Tensor, x: State) -> None:
+    `finite` says whether it is for another reason than numbers that are not finite.
+    """
+
+    def __init__(self, message: str, t: float | Tensor, x: State, *, finite: bool = True) -> None:
         super().__init__(message)
-        self.t, self.x = t, x
+        self.t, self.x, self.finite = t, x, finite
 
 
-def _ignore(name: str, t: float, x: State, h: float) -> None:
+def _ignore(event: str, t: float, t_next: float, x: State) -> None:
     """Watch nothing."""
 
 
@@ -52,24 +54,25 @@ class March:
         pair: The embedded pair.
         tolerance: The error that a step may make.
         controller: The rule for the next step's length.
-        first_step: Length of the first attempt; found from the flow when None.
+        first_step: Length of the first attempt, `[B]` where samples have their own; found from
+            the flow when None.
         max_nfe: Velocity evaluations that may be made.
         jumps: Times at which the velocity jumps: a step ends there, and the next one evaluates
             the other side.
         stops: Times at which a step ends, without a jump.
-        norm: Error over tolerance to one number.
-        watch: Called as watch("step" | "accept" | "reject", t, x, h).
+        norm: Error over tolerance to one number, or to `[B]` where each sample has its own step.
+        watch: Called as watch("step" | "accept" | "reject", t, t_next, x), x at t.
     """
 
     pair: Pair
     tolerance: Tolerance
     controller: Controller = field(default_factory=Controller)
-    first_step: float | None = None
+    first_step: float | Tensor | None = None
     max_nfe: int = sys.maxsize
     jumps: Sequence[float] = ()
     stops: Sequence[float] = ()
     norm: Norm = rms_of_all
-    watch: Callable[[str, float, State, float], None] = _ignore
+    watch: Callable[[str, float, float, State], None] = _ignore
     nfe: int = 0
     accepted: int = 0
     rejected: int = 0
@@ -113,9 +116,9 @@ def march(flow: Field, x: State, *, t: float, end: float, by: March) -> Iterator
             )
         size = float(guess)
         if math.isnan(size):
-            raise StuckError(_not_finite(t), t, x)
+            raise StuckError(_not_finite(t), t, x, finite=False)
     else:
-        size = by.first_step
+        size = float(by.first_step)
     reach = abs(end) if math.isfinite(end) else size
     earlier = (1.0, 1.0)
     while t != end:
@@ -125,16 +128,16 @@ def march(flow: Field, x: State, *, t: float, end: float, by: March) -> Iterator
         t_next: float = target if lands else t + direction * size
         length = abs(t_next - t)
         jumps = lands and target in by.jumps
-        by.watch("step", t, x, length)
+        by.watch("step", t, t_next, x)
         by.spend(by.pair.stages - 1, t, x)
         found = attempt(flow, by.pair, t, t_next, x, slope, -direction if jumps else 0.0)
         with torch.no_grad():
             ratio = float(by.norm(by.tolerance.over(found.error(), x, found.x_next)))
-        accepted = ratio <= 1.0 or length <= by.controller.min_step
+        accepted = ratio <= 1.0 or (length <= by.controller.min_step and math.isfinite(ratio))
         size = length * by.controller.factor(ratio, accepted, earlier, order=by.pair.order)
         if accepted:
             by.accepted += 1
-            by.watch("accept", t, x, length)
+            by.watch("accept", t, t_next, x)
             earlier = (ratio, earlier[0])
             t, x, slope = t_next, found.x_next, found.slopes[-1]
             if lands and marks:
@@ -145,9 +148,10 @@ def march(flow: Field, x: State, *, t: float, end: float, by: March) -> Iterator
                 slope = flow(t, x, direction)
         else:
             by.rejected += 1
-            by.watch("reject", t, x, length)
-            if size <= 8 * _EPS * max(abs(t), reach):
-                raise StuckError(_too_short(t) if math.isfinite(ratio) else _not_finite(t), t, x)
+            by.watch("reject", t, t_next, x)
+            if size <= 8 * _EPS * max(abs(t), reach) or length <= by.controller.min_step:
+                finite = math.isfinite(ratio)
+                raise StuckError(_too_short(t) if finite else _not_finite(t), t, x, finite=finite)
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,17 +204,17 @@ def march_each(
                 limit=(end - t).abs().to(x[0].dtype),
                 order=by.pair.order,
                 tolerance=by.tolerance,
-                norm=rms_of_each,
+                norm=by.norm,
             )
         size = torch.as_tensor(size).nan_to_num(1e-6)
     else:
-        size = torch.full_like(t, by.first_step)
+        size = torch.as_tensor(by.first_step, dtype=clock, device=t.device).expand(batch)
     least = 8 * torch.finfo(clock).eps
     earlier = (x[0].new_ones(batch), x[0].new_ones(batch))
     running = t != end
     going = bool(running.any())
     while going:
-        size = size.clamp(by.controller.min_step, by.controller.max_step)
+        size = size.clamp(by.controller.min_step, by.controller.max_step)  # of the first guess
         target = end if jumps is None else _next(jumps, t, end, direction)
         lands = (target - t).abs() <= size * _SLIVER
         t_next = torch.where(lands, target, t + direction * size)
@@ -223,30 +227,32 @@ def march_each(
         nudge = 0.0 if at_jump is None else -direction * at_jump
         found = attempt(flow, by.pair, t, t_next, x, slope, nudge)
         with torch.no_grad():
-            ratio = rms_of_each(by.tolerance.over(found.error(), x, found.x_next))
-            fits = (ratio <= 1.0) | (length <= by.controller.min_step)
-            moved = fits & running
-            factor = by.controller.factor_each(ratio, fits, earlier, order=by.pair.order)
-            size = torch.where(running, length * factor.to(clock), size)
-            stuck = running & ~moved & (size <= least * torch.maximum(t.abs(), end.abs()))
+            ratio = by.norm(by.tolerance.over(found.error(), x, found.x_next))
+            fits, next_size, next_earlier = judge(
+                by.controller, ratio, length, earlier, order=by.pair.order
+            )
+            moved, failed = fits & running, ~fits & running
+            size = torch.where(running, next_size, size)
+            short = size <= least * torch.maximum(t.abs(), end.abs())
+            stuck = failed & (short | (length <= by.controller.min_step))
             counts[0].add_(moved)
-            counts[1].add_(running & ~moved)
+            counts[1].add_(failed)
             earlier = (
-                torch.where(moved, ratio, earlier[0]),
-                torch.where(moved, earlier[0], earlier[1]),
+                torch.where(running, next_earlier[0], earlier[0]),
+                torch.where(running, next_earlier[1], earlier[1]),
             )
             low, high = torch.minimum(t, t_next), torch.maximum(t, t_next)
             numbers = torch.stack(
                 [
                     stuck.any().to(clock),
-                    (moved & (t_next != end)).any().to(clock) + (running & ~moved).any().to(clock),
+                    (moved & (t_next != end)).any().to(clock) + failed.any().to(clock),
                     low.masked_fill(~moved, math.inf).min(),
                     high.masked_fill(~moved, -math.inf).max(),
                     t.new_zeros(()) if at_jump is None else (at_jump & moved).any().to(clock),
                 ]
             ).tolist()
         if numbers[0]:
-            raise StuckError(_who_is_stuck(stuck, ratio, t), t, x)
+            raise _stuck(stuck, ratio, t, x)
         x = [_where(moved, new, old) for new, old in zip(found.x_next, x, strict=True)]
         slope = [_where(moved, new, old) for new, old in zip(found.slopes[-1], slope, strict=True)]
         t = torch.where(moved, t_next, t)
@@ -262,6 +268,27 @@ def march_each(
             side = at_jump & moved
             other = flow(t, x, direction * side)
             slope = [_where(side, new, old) for new, old in zip(other, slope, strict=True)]
+
+
+def judge(
+    controller: Controller,
+    ratio: Tensor,
+    length: Tensor,
+    earlier: tuple[Tensor, Tensor],
+    *,
+    order: int,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Decide for each sample, `[B]`, whether its step is kept, and how long the next one is.
+
+    `ratio` is the error to the tolerance, `length` the step's, `earlier` the ratios of the kept
+    steps before it, the newest first. Returns who is kept, the length of the next attempt, and
+    `earlier` for it. A step of the least length is kept if only its error is finite.
+    """
+    fits = (ratio <= 1.0) | ((length <= controller.min_step) & ratio.isfinite())
+    factor = controller.factor_each(ratio, fits, earlier, order=order)
+    size = (length * factor.to(length.dtype)).clamp(controller.min_step, controller.max_step)
+    newer = torch.where(fits, ratio, earlier[0]), torch.where(fits, earlier[0], earlier[1])
+    return fits, size, newer
 
 
 def _next(jumps: Tensor, t: Tensor, end: Tensor, direction: Tensor) -> Tensor:
@@ -299,8 +326,10 @@ def _too_short(t: float, who: str = "") -> str:
     )
 
 
-def _who_is_stuck(stuck: Tensor, ratio: Tensor, t: Tensor) -> str:
+def _stuck(stuck: Tensor, ratio: Tensor, t: Tensor, x: State) -> StuckError:
+    """Name the samples that cannot go on, by the reason of the first."""
     rows = stuck.nonzero().flatten().tolist()
     who = f", for the samples {rows[:8]}" + (", ..." if len(rows) > 8 else "")
-    told = _too_short if bool(ratio[rows[0]].isfinite()) else _not_finite
-    return told(t[rows[0]].item(), who)
+    finite = bool(ratio[rows[0]].isfinite())
+    message = (_too_short if finite else _not_finite)(t[rows[0]].item(), who)
+    return StuckError(message, t, x, finite=finite)

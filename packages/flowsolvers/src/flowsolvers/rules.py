@@ -84,13 +84,14 @@ class Momentum:
 
     It starts anew when a context says that the evaluation is the first, be that inside the
     interval of guidance or not; without contexts, call `reset` before each solve. Later stages
-    of one step see the sum but do not add to it.
+    of one step see the sum but do not add to it. It is for solves on a budget: a velocity that
+    remembers is no function of time and state, whose error an adaptive solver could estimate.
 
     Args:
         beta: Weight of the past, in (-1, 1); the paper's is -0.5.
 
     Raises:
-        ValueError: `beta` is out of range.
+        ValueError: `beta` is out of range; or, when called, the solve is adaptive.
 
     Example:
         >>> momentum = Momentum(-0.5)
@@ -109,6 +110,11 @@ class Momentum:
 
     def __call__(self, change: Tensor, context: Context | None) -> Tensor:
         """Add a difference c - u, and return it with the past."""
+        if context is not None and context.evaluations is None:
+            raise ValueError(
+                "a momentum remembers earlier evaluations, among them those of rejected steps; "
+                "leave it out of an adaptive solve, or take solve with a budget"
+            )
         if context is not None and context.evaluation == 0:
             self.reset()
         later_stage = context is not None and context.stage > 0

@@ -25,13 +25,19 @@ class NotFiniteError(FloatingPointError):
     Args:
         message: What happened, where, and what to do.
         x: The last state that was finite.
-        t: Its time; `solve(velocity, error.x, start=error.t, ...)` goes on from there.
+        t: Its time; `solve(velocity, error.x, start=error.t, ...)` goes on from there. `[B]` of an
+            adaptive solve with a step for each sample.
         step: Index of the step that failed; None where it is not known.
         evaluation: Index of the first evaluation that was not finite; None if all were.
     """
 
     def __init__(
-        self, message: str, x: object, t: float, step: int | None, evaluation: int | None
+        self,
+        message: str,
+        x: object,
+        t: float | Tensor,
+        step: int | None,
+        evaluation: int | None,
     ) -> None:
         super().__init__(message)
         self.x, self.t, self.step, self.evaluation = x, t, step, evaluation

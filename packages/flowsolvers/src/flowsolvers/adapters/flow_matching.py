@@ -6,6 +6,7 @@ For code that was written for it; the model is called as `velocity_model(x=x, t=
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
@@ -13,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowsolvers.adaptive import solve_adaptive
+from flowsolvers.embedded import largest_rms
 from flowsolvers.likelihood import probe_signs, with_divergence
+from flowsolvers.pairs import PAIRS
 from flowsolvers.plan import Plan
 from flowsolvers.solve import solve
 from flowsolvers.spelling import closest_first
-from flowsolvers.states import State
+from flowsolvers.states import State, each, flatten, unflatten
 from flowsolvers.tableaus import EULER, HEUN, HEUN3, MIDPOINT, RK38, Tableau
 
 __all__ = ["ODESolver"]
@@ -43,7 +47,8 @@ class ODESolver:
 
     Convention: As in flow_matching, `step_size` divides the times that `time_grid` spans. Here each
         interval of the grid is divided by itself, its last step being what is left over, so that
-        intermediate states are states of the solution and not interpolated.
+        intermediate states are states of the solution and not interpolated. Adaptive methods end
+        at the last time, where torchdiffeq's step over it and interpolate.
 
     Source: The published interface of facebookresearch/flow_matching; Lipman et al., Flow Matching
         Guide and Code, arXiv 2412.06264.
@@ -74,10 +79,11 @@ class ODESolver:
         Args:
             x_init: The state at the first time, `[B, ...]`.
             step_size: Length of a step, greater than 0; None steps from one time of the grid to
-                the next.
-            method: `euler`, `midpoint`, `heun2`, `heun3` or `rk4`.
-            atol: For adaptive methods.
-            rtol: For adaptive methods.
+                the next. Adaptive methods choose their own.
+            method: `euler`, `midpoint`, `heun2`, `heun3` or `rk4`, on the grid; or, to a tolerance,
+                `dopri5`, `bosh3`, `tsit5`, `dopri8`, `adaptive_heun` or `fehlberg2`.
+            atol: Absolute tolerance of an adaptive method.
+            rtol: Relative tolerance of an adaptive method.
             time_grid: Times in [0, 1], at least two, increasing, or decreasing for the way back.
             return_intermediates: Whether to return the states at all times of the grid.
             enable_grad: Whether the result can be differentiated.
@@ -88,8 +94,9 @@ class ODESolver:
             `return_intermediates` those at all times, `[T, B, ...]`.
 
         Raises:
-            ValueError: The method is unknown or not available, the step is not greater than 0, or
-                the times are fewer than two, leave [0, 1] or do not go one way.
+            ValueError: The method is unknown, the step is not greater than 0, or the times are
+                fewer than two, leave [0, 1] or do not go one way.
+            AdaptiveError: An adaptive method could not go on; see `flowsolvers.solve_adaptive`.
         """
         velocity, times = self._velocity(model_extras), _times(time_grid)
         with torch.set_grad_enabled(enable_grad):
@@ -122,8 +129,8 @@ class ODESolver:
             log_p0: Log density of the noise, `[B, ...]` to `[B]`.
             step_size: As for `sample`.
             method: As for `sample`.
-            atol: For adaptive methods.
-            rtol: For adaptive methods.
+            atol: As for `sample`; of the log density too.
+            rtol: As for `sample`.
             time_grid: From 1 to 0.
             return_intermediates: Whether to return the states at all times of the grid.
             exact_divergence: Whether to spend a product with the Jacobian on each dimension.
@@ -137,6 +144,7 @@ class ODESolver:
         Raises:
             ValueError: As for `sample`; the grid does not run from 1 to 0; or a gradient is asked
                 for.
+            AdaptiveError: As for `sample`.
         """
         if enable_grad:
             raise ValueError("compute_likelihood keeps no gradient; leave enable_grad=False")
@@ -176,6 +184,11 @@ def _states(
     """Give the states at the times, x at the first."""
     if method in _FIXED:
         return _fixed(velocity, x, times, step_size, _FIXED[method])
+    if step_size is not None:
+        warnings.warn(
+            f"method {method!r} chooses its steps by atol and rtol; step_size is of no use to it",
+            stacklevel=3,
+        )
     return _adaptive(velocity, x, times, method, atol, rtol)
 
 
@@ -203,9 +216,23 @@ def _adaptive(
     atol: float,
     rtol: float,
 ) -> list[State]:
-    del velocity, x, times, atol, rtol
-    names = ", ".join(closest_first(method, _FIXED))
-    raise ValueError(f"method {method!r} is not available here; accepted, closest first: {names}")
+    if method not in PAIRS:
+        names = ", ".join(closest_first(method, (*_FIXED, *PAIRS)))
+        raise ValueError(f"unknown method {method!r}; accepted, closest first: {names}")
+    found = solve_adaptive(
+        velocity,
+        x,
+        rtol=rtol,
+        atol=atol,
+        pair=method,
+        start=times[0],
+        end=times[-1],
+        at=times,
+        norm=lambda state: largest_rms(list(each(flatten(state)[0]))),  # torchdiffeq's of tuples
+    )
+    leaves, spec = flatten(found.states)
+    states = zip(*(leaf.unbind() for leaf in each(leaves)), strict=True)
+    return [unflatten(state[0] if spec is None else list(state), spec) for state in states]
 
 
 def _times(grid: Tensor | Iterable[float]) -> list[float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowsolvers.adapters.torchdiffeq.integrate import steps_of
 from flowsolvers.adapters.torchdiffeq.options import FIXED, choose
-from flowsolvers.adaptive import AdaptiveError
+from flowsolvers.adaptive import error_of
 from flowsolvers.embedded import Interpolant
 from flowsolvers.flowing import Flowing
 from flowsolvers.marching import StuckError
@@ -66,7 +66,7 @@ def odeint_dense(
             if sign * float(step.t_next) >= sign * end:
                 break
     except StuckError as stuck:
-        raise AdaptiveError(str(stuck), stuck.t, flow.whole(stuck.x), 0) from None
+        raise error_of(stuck, flow, 0) from None
 
     def state(t: Tensor | float) -> Any:
         time = float(t)

@@ -1,4 +1,4 @@
-"""Steps of a fixed grid, of a Runge-Kutta method that has no error estimate."""
+"""Steps of a fixed grid, of a method that has no error estimate."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from flowsolvers.adapters.torchdiffeq.options import Grid
-from flowsolvers.embedded import Field, Interpolant, State, add, combine
-from flowsolvers.tableaus import Tableau
+from flowsolvers.embedded import Field, Interpolant, State, combine
 
 __all__ = ["GridStep", "endless", "grid_times", "walk"]
 
@@ -78,26 +77,13 @@ def walk(
     x: State,
     steps: Iterator[tuple[float, float]] | pairwise[tuple[float, float]],
     grid: Grid,
-    watch: Callable[[str, float, State, float], None],
+    watch: Callable[[str, float, float, State], None],
 ) -> Iterator[GridStep]:
     """Yield the steps between given times."""
+    step = grid.stepper()
     for t, t_next in steps:
-        watch("step", t, x, abs(t_next - t))
+        watch("step", t, t_next, x)
         side = math.copysign(1.0, t_next - t) if grid.perturb else 0.0
-        x_next, slope = _step(flow, grid.tableau, t, t_next, x, side)
+        x_next, slope = step(flow, t, t_next, x, side)
         yield GridStep(flow, t, t_next, x, x_next, slope, grid.cubic)
         x = x_next
-
-
-def _step(
-    flow: Field, tableau: Tableau, t: float, t_next: float, x: State, side: float
-) -> tuple[State, State]:
-    h = t_next - t
-    slopes = [flow(t, x, side)]
-    for c, weights in zip(tableau.c[1:], tableau.a[1:], strict=True):
-        point = add(x, combine(weights, slopes), h)
-        if c == 1.0:
-            slopes.append(flow(t_next, point, -side))
-        else:
-            slopes.append(flow(t + c * h, point))
-    return add(x, combine(tableau.b, slopes), h), slopes[0]

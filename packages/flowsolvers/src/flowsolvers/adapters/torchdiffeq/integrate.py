@@ -21,7 +21,7 @@ from flowsolvers.adapters.torchdiffeq.options import (
     march_of,
     tolerance_of,
 )
-from flowsolvers.adaptive import AdaptiveError
+from flowsolvers.adaptive import AdaptiveError, error_of
 from flowsolvers.embedded import Attempt, State
 from flowsolvers.events import Watch
 from flowsolvers.flowing import Flowing
@@ -59,7 +59,8 @@ def odeint(
         method: One of `METHODS`; `dopri5` when None. rk4 is the 3/8 rule.
         options: Of an adaptive method: norm, first_step, min_step, max_step, step_t, jump_t,
             safety, ifactor, dfactor, max_num_steps (dtype is accepted; time is float64). Of a
-            method on a grid: step_size or grid_constructor, interp ("linear" or "cubic"), perturb.
+            method on a grid: step_size or grid_constructor, interp ("linear" or "cubic"), perturb;
+            of an Adams method also max_order (2 to 12, which is the default) and max_iters.
         event_fn: Ends the solve where it changes its sign; t then has two times, the second of
             which only tells the direction.
 
@@ -70,6 +71,7 @@ def odeint(
     Raises:
         ValueError: The method is not carried, or an argument is not as described.
         AdaptiveError: A step became too short, or too many were needed.
+        NotFiniteError: An adaptive method met a velocity that is not finite; an AdaptiveError too.
 
     Example:
         >>> odeint(lambda t, y: t, torch.tensor(0.0), torch.tensor([2.0, 0.0]), method="midpoint")
@@ -86,7 +88,7 @@ def odeint(
             return problem.states()
         return problem.until(event_fn)
     except StuckError as stuck:
-        raise AdaptiveError(str(stuck), stuck.t, flow.whole(stuck.x), 0) from None
+        raise error_of(stuck, flow, 0) from None
 
 
 def steps_of(
@@ -169,7 +171,7 @@ class _Problem:
     def _steps_without_end(self, x: State) -> Iterator[Attempt] | Iterator[GridStep]:
         if self.name not in FIXED:
             return self._march(x)
-        grid = Grid.of(self.name, self.settings)
+        grid = self._on_grid()
         if grid.step_size is None:
             raise ValueError(f"method {self.name!r} needs options['step_size'] for an event")
         ends = endless(self.times[0], self.sign * grid.step_size)
@@ -199,7 +201,7 @@ class _Problem:
             yield within.at(time), within.slope(time) if self.t.requires_grad else []
 
     def _grid(self, x: State) -> Iterator[tuple[State, State]]:
-        grid, flow = Grid.of(self.name, self.settings), self.flow
+        grid, flow = self._on_grid(), self.flow
         ends = grid_times(grid, self.func, self.y0, self.t, self.times)
         pending = self.times[1:]
         for step in walk(flow, x, pairwise(ends), grid, callbacks(flow, self.func, self.name)):
@@ -211,6 +213,9 @@ class _Problem:
                 else:
                     within = step.interpolant()
                     yield within.at(time), within.slope(time) if self.t.requires_grad else []
+
+    def _on_grid(self) -> Grid:
+        return Grid.of(self.name, self.settings, tolerance_of(self.flow, self.rtol, self.atol))
 
     def _moved_start(self) -> State:
         """Let the start depend on t[0]: starting later is starting from where one was before."""

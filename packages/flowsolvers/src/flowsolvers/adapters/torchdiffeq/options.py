@@ -5,13 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from flowsolvers.adapters.torchdiffeq.adams import Adams
+from flowsolvers.adapters.torchdiffeq.stages import tableau_step
 from flowsolvers.control import Controller
-from flowsolvers.embedded import Norm, State, Tolerance, rms_of_all
+from flowsolvers.embedded import Field, Norm, State, Tolerance, largest_rms
 from flowsolvers.flowing import Flowing
 from flowsolvers.marching import March
 from flowsolvers.pairs import PAIRS
@@ -20,14 +22,20 @@ from flowsolvers.tableaus import EULER, HEUN, HEUN3, MIDPOINT, RK38, Tableau
 
 __all__ = ["FIXED", "METHODS", "Grid", "callbacks", "choose", "march_of", "norm_of", "tolerance_of"]
 
-#: The methods on a grid, by torchdiffeq's names.
-FIXED: dict[str, Tableau] = {
+#: The Runge-Kutta methods on a grid, by torchdiffeq's names.
+TABLEAUS: dict[str, Tableau] = {
     "euler": EULER,
     "midpoint": MIDPOINT,
     "heun2": HEUN,
     "heun3": HEUN3,
     "rk4": RK38,
 }
+
+#: The multistep methods on a grid, and whether they are implicit.
+MULTISTEP = {"explicit_adams": False, "implicit_adams": True, "fixed_adams": True}
+
+#: The methods on a grid.
+FIXED = (*TABLEAUS, *MULTISTEP)
 
 #: All methods.
 METHODS = (*FIXED, *PAIRS)
@@ -50,6 +58,7 @@ _ADAPTIVE_OPTIONS = {
     "dtype",
 }
 _GRID_OPTIONS = {"norm", "step_size", "grid_constructor", "interp", "perturb"}
+_MULTISTEP_OPTIONS = _GRID_OPTIONS | {"max_order", "max_iters"}
 
 
 def choose(method: str | None, options: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
@@ -65,25 +74,30 @@ def choose(method: str | None, options: Mapping[str, Any] | None) -> tuple[str, 
             f"{', '.join(closest_first(str(method), METHODS))}"
         )
     found = dict(options or {})
-    unknown = found.keys() - (_GRID_OPTIONS if name in FIXED else _ADAPTIVE_OPTIONS)
+    known = _MULTISTEP_OPTIONS if name in MULTISTEP else _GRID_OPTIONS
+    unknown = found.keys() - (known if name in FIXED else _ADAPTIVE_OPTIONS)
     if unknown:
         warnings.warn(f"method {name!r} has no options {sorted(unknown)}", stacklevel=3)
     return name, found
+
+
+#: method(flow, t, t_next, x, side) to the state at t_next and the slope at t; it may remember.
+GridMethod: TypeAlias = Callable[[Field, float, float, State, float], tuple[State, State]]
 
 
 @dataclass(frozen=True)
 class Grid:
     """How a method on a grid is to step."""
 
-    tableau: Tableau
+    stepper: Callable[[], GridMethod]
     step_size: float | None
     constructor: Callable[[Any, Any, Tensor], Tensor] | None
     cubic: bool
     perturb: bool
 
     @classmethod
-    def of(cls, method: str, options: Mapping[str, Any]) -> Grid:
-        """Read the options."""
+    def of(cls, method: str, options: Mapping[str, Any], tolerance: Tolerance) -> Grid:
+        """Read the options; the tolerance ends the iterations of an implicit method."""
         step_size, constructor = options.get("step_size"), options.get("grid_constructor")
         if step_size is not None and constructor is not None:
             raise ValueError("step_size and grid_constructor exclude one another; give one")
@@ -91,7 +105,7 @@ class Grid:
         if interp not in ("linear", "cubic"):
             raise ValueError(f"interp must be 'linear' or 'cubic', got {interp!r}")
         return cls(
-            FIXED[method],
+            lambda: _stepper(method, options, tolerance),
             None if step_size is None else float(step_size),
             constructor,
             interp == "cubic",
@@ -99,12 +113,18 @@ class Grid:
         )
 
 
+def _stepper(method: str, options: Mapping[str, Any], tolerance: Tolerance) -> GridMethod:
+    if method in MULTISTEP:
+        return Adams(MULTISTEP[method], options, tolerance).step
+    return lambda flow, t, t_next, x, side: tableau_step(flow, TABLEAUS[method], t, t_next, x, side)
+
+
 def march_of(
     flow: Flowing[Any],
     method: str,
     options: Mapping[str, Any],
     tolerance: Tolerance,
-    watch: Callable[[str, float, State, float], None],
+    watch: Callable[[str, float, float, State], None],
 ) -> March:
     """Read the options of an adaptive method."""
 
@@ -135,7 +155,7 @@ def norm_of(flow: Flowing[Any], options: Mapping[str, Any]) -> Norm:
     """Return a norm of lists: the user's, or the largest root mean square of the parts."""
     given = options.get("norm")
     if given is None:
-        return _largest_rms
+        return largest_rms
     return lambda parts: torch.as_tensor(
         given(flow.whole(parts)), dtype=flow.dtype, device=flow.device
     ).abs()
@@ -148,7 +168,7 @@ def tolerance_of(flow: Flowing[Any], rtol: Any, atol: Any) -> Tolerance:
 
 def callbacks(
     flow: Flowing[Any], func: object, method: str
-) -> Callable[[str, float, State, float], None]:
+) -> Callable[[str, float, float, State], None]:
     """Return what tells the callbacks that are attributes of the function."""
     valid = {"step": "callback_step"} if method in FIXED else _ADAPTIVE_CALLS
     idle = [
@@ -160,17 +180,13 @@ def callbacks(
         warnings.warn(f"method {method!r} never calls {', '.join(idle)}", stacklevel=3)
     calls = {event: getattr(func, name, None) for event, name in valid.items()}
 
-    def watch(event: str, t: float, x: State, h: float) -> None:
+    def watch(event: str, t: float, t_next: float, x: State) -> None:
         call = calls[event]
         if call is not None:
-            length = torch.tensor(h, dtype=torch.float64, device=flow.device)
+            length = torch.tensor(abs(t_next - t), dtype=torch.float64, device=flow.device)
             call(torch.tensor(t, dtype=torch.float64, device=flow.device), flow.whole(x), length)
 
     return watch
-
-
-def _largest_rms(parts: State) -> Tensor:
-    return torch.stack([rms_of_all([part]) for part in parts]).max()
 
 
 def _spread(name: str, tol: Any, flow: Flowing[Any]) -> list[float | Tensor]:
