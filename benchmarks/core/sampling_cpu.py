@@ -22,7 +22,7 @@ from models import CHANNELS, PATCH, TEXT_DIM, diffusers_model, grid, our_model, 
 from torch import Tensor
 
 import flowsolvers as fs
-from nextdit_core import Conditioning, ContextDrop, Pipeline, Tokens
+from nextdit_core import Conditioning, ContextDrop, Guidance, Pipeline, Tokens
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 TEXT, SCALE, STEPS = 128, 4.0, 30
@@ -163,7 +163,7 @@ def solvers(run: Path) -> str:
         "its own."
     ]
     for scale in (1.0, 2.0, 4.0):
-        velocity = pipe._velocity(prompts, noise, scale, "", ContextDrop(()), None)
+        velocity = pipe._velocity(prompts, noise, Guidance(scale), "", ContextDrop(()), {})
         answer = fs.solve(velocity, noise.values, nfe=240, solver="rk4").x
 
         def error(solver: str, nfe: int) -> float:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from nextdit_core.context_drop import ContextDrop, Pooling
     from nextdit_core.dataset import Dataset, Example
     from nextdit_core.errors import UserError
+    from nextdit_core.extrapolation import Extrapolation
+    from nextdit_core.guidance import Guidance
     from nextdit_core.modality import Modality, Size
     from nextdit_core.pipeline import Pipeline
     from nextdit_core.recipe import Recipe
@@ -33,6 +35,8 @@ _HOMES = {
     "Dataset": "dataset",
     "Example": "dataset",
     "UserError": "errors",
+    "Extrapolation": "extrapolation",
+    "Guidance": "guidance",
     "Modality": "modality",
     "Size": "modality",
     "Pipeline": "pipeline",
@@ -50,6 +54,8 @@ __all__ = [
     "Dataset",
     "Engine",
     "Example",
+    "Extrapolation",
+    "Guidance",
     "Modality",
     "NextDiT",
     "NextDiTConfig",

@@ -44,6 +44,15 @@ class PreparedConditioning:
     text_values: tuple[Tensor, ...] = ()
     mask: Tensor | None = None
 
+    def first(self, count: int) -> PreparedConditioning:
+        """Take the first samples of a batch."""
+        return PreparedConditioning(
+            None if self.vector is None else self.vector[:count],
+            tuple(keys[:count] for keys in self.text_keys),
+            tuple(values[:count] for values in self.text_values),
+            None if self.mask is None else self.mask[:count],
+        )
+
 
 def backbone_rope(config: NextDiTConfig) -> rope3d.Rope:
     """Choose the rotary layout of a backbone, over 3-column (time or view, row, column) positions.

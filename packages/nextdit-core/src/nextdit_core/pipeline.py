@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -15,9 +15,12 @@ from nextdit_core.conditioning import Conditioning
 from nextdit_core.context_drop import ContextDrop
 from nextdit_core.engines.local import pick_device
 from nextdit_core.errors import UserError
+from nextdit_core.extrapolation import Extrapolation
 from nextdit_core.flow_model import FlowModel
+from nextdit_core.guidance import Guidance
 from nextdit_core.modality import Modality, Size
-from nextdit_core.sampling_plan import check_sampling
+from nextdit_core.packed_velocity import PackedVelocity
+from nextdit_core.sampling_plan import check_sampling, named_schedule
 from nextdit_core.saved_model import ModelCard, load_model
 from nextdit_core.tokens import Tokens
 from nextdit_core.training.draws import generator
@@ -77,9 +80,14 @@ class Pipeline:
         nfe: int | None = None,
         solver: str | None = None,
         schedule: str | None = None,
-        guidance: float | None = None,
+        guidance: float | Guidance | None = None,
         negative_prompt: str = "",
+        extrapolate: Extrapolation | str | None = None,
         context_drop: ContextDrop | str | None = None,
+        latents: Sequence[Tensor] | None = None,
+        start: float = 0.0,
+        output: Literal["media", "latent"] = "media",
+        on_step: Callable[[flowsolvers.Reached[Tensor]], object] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Any]:
         """Sample one medium per prompt, all in one packed batch.
@@ -91,15 +99,26 @@ class Pipeline:
                 The noise of a sample depends only on its seed, place and size.
             nfe: Velocity evaluations, counted per sample without the guidance factor.
             solver: A flowsolvers solver name.
-            schedule: A flowsolvers time grid name.
-            guidance: Classifier-free guidance scale; 1 is no guidance.
+            schedule: A flowsolvers time grid name; "auto" is the solver's own.
+            guidance: Classifier-free guidance scale, 1 is no guidance; or a `Guidance`, for
+                another rule or an interval.
             negative_prompt: What guidance leads away from.
+            extrapolate: For sizes beyond the trained one: an `Extrapolation`, or its method, such
+                as "time-aware"; None takes positions as they are.
             context_drop: Attend to averages of tokens early in sampling, such as
                 `ContextDrop()` or "0.5:2"; None does not.
-            progress: Called with the number of evaluations done so far.
+            latents: One latent per prompt, as `modality.encode` makes them, to begin from; their
+                sizes are then the sizes. At `start` 0 they are the noise itself.
+            start: Time at which to begin, in [0, 1), 0 = noise. Above 0, latents are data, to
+                which this much of each sample's noise is added first; 1 - start is known as
+                strength.
+            output: "media", or "latent" to leave out the decoding.
+            on_step: Called with a `flowsolvers.Reached` at each step's end; its x are packed
+                tokens, and it can stop.
+            progress: Called at each step's end with the number of evaluations so far.
 
         Returns:
-            The media, as the modality's `decode` makes them.
+            The media, as the modality's `decode` makes them; or latents.
 
         Raises:
             UserError: A name, size or number is not acceptable.
@@ -107,27 +126,58 @@ class Pipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UserError("no prompt given; give at least one")
-        sizes = self._sizes(size, len(prompts))
+        if output not in ("media", "latent"):
+            raise UserError(f"output is {output!r}; expected 'media' or 'latent'")
+        sizes = self._sizes(size, latents, len(prompts))
         seeds = _seeds(seed, len(prompts))
-        plan = check_sampling(
-            self.card.sampling["solver"] if solver is None else solver,
-            self.card.sampling["schedule"] if schedule is None else schedule,
-            self.card.sampling["nfe"] if nfe is None else nfe,
+        sampling = self.card.sampling
+        guided = (
+            guidance
+            if isinstance(guidance, Guidance)
+            else Guidance(sampling["guidance"] if guidance is None else guidance)
         )
-        scale = self.card.sampling["guidance"] if guidance is None else guidance
         drop = ContextDrop.parse(context_drop) if isinstance(context_drop, str) else context_drop
+        solve = {
+            "solver": sampling["solver"] if solver is None else solver,
+            "schedule": sampling["schedule"] if schedule is None else schedule,
+            "nfe": sampling["nfe"] if nfe is None else nfe,
+        }
+        check_sampling(**solve, start=start)
+        if isinstance(extrapolate, str):
+            extrapolate = Extrapolation(extrapolate)
+        options: dict[str, Any] = {}
+        if extrapolate is not None:
+            options = extrapolate.options(self.modality, sizes, self.model.backbone.rope)
         noise = self._noise(sizes, seeds)
+        begin = self._begin(noise, latents, start)
         velocity = self._velocity(
-            prompts, noise, scale, negative_prompt, drop or ContextDrop(()), progress
+            prompts, noise, guided, negative_prompt, drop or ContextDrop(()), options
         )
-        result = flowsolvers.solve(velocity, noise.values, plan=plan)
+        result = flowsolvers.solve(
+            velocity,
+            begin,
+            nfe=solve["nfe"],
+            solver=solve["solver"],
+            schedule=named_schedule(solve["schedule"]),
+            start=start,
+            on_step=_told(on_step, progress),
+        )
         samples = noise.with_values(result.x).split()
-        return [
-            self.modality.decode(self.modality.detokenize(values.float().cpu(), one))
+        found = [
+            self.modality.detokenize(values.float().cpu(), one)
             for values, one in zip(samples, sizes, strict=True)
         ]
+        return found if output == "latent" else [self.modality.decode(one) for one in found]
 
-    def _sizes(self, size: Size | Sequence[Size] | None, count: int) -> list[Size]:
+    def _sizes(
+        self, size: Size | Sequence[Size] | None, latents: Sequence[Tensor] | None, count: int
+    ) -> list[Size]:
+        if latents is not None:
+            if size is not None:
+                raise UserError("latents have sizes of their own; give size or latents, not both")
+            if len(latents) != count:
+                raise UserError(f"{len(latents)} latents for {count} prompts; give one each")
+            return [self.modality.size(one) for one in latents]
         if size is None:
             return [tuple(self.modality.default_size)] * count
         extents = [one for one in size if isinstance(one, int)]
@@ -149,45 +199,54 @@ class Pipeline:
         device = self.device
         return Tokens(packed.values.to(device), packed.positions.to(device), packed.lengths)
 
+    def _begin(self, noise: Tokens, latents: Sequence[Tensor] | None, start: float) -> Tensor:
+        """Give the tokens to begin from."""
+        if latents is None:
+            if start:
+                raise UserError(f"start is {start}, which needs latents of data to begin from")
+            return noise.values
+        given = torch.cat([self.modality.tokenize(one.float()) for one in latents])
+        given = given.to(noise.values)
+        return given if not start else start * given + (1.0 - start) * noise.values
+
     def _velocity(
         self,
         prompts: Sequence[str],
         noise: Tokens,
-        scale: float,
+        guidance: Guidance,
         negative_prompt: str,
         drop: ContextDrop,
-        progress: Callable[[int], None] | None,
-    ) -> Callable[[Tensor, Tensor], Tensor]:
+        options: Mapping[str, Any],
+    ) -> flowsolvers.Velocity:
         """Make the velocity of the guided ODE; text is encoded and projected once, here."""
         backbone, encoder = self.model.backbone, self.model.text_encoder
-        guided = scale != 1.0 and encoder is not None
+        guided = guidance.guides and encoder is not None
         condition: Conditioning | None = None
         if encoder is not None:
             asked = [*prompts, *[negative_prompt] * len(prompts)] if guided else prompts
             condition = encoder(asked)
         prepared = backbone.prepare(condition)
-        both = Tokens.pack([noise, noise]) if guided else noise
-        axes = backbone.config.axes
-        poolings = drop.poolings(both, axes)
+        alone = PackedVelocity(backbone, prepared.first(noise.batch), noise, drop, options)
+        if not guided:
+            return alone
+        both = PackedVelocity(backbone, prepared, Tokens.pack([noise, noise]), drop, options)
+        return guidance.velocity(both, alone, noise.lengths)
 
-        @flowsolvers.contextual
-        def velocity(t: Tensor, x: Tensor, *, context: flowsolvers.Context | None = None) -> Tensor:
-            now = t.item() if context is None else context.t
-            values = torch.cat([x, x]) if guided else x
-            out = backbone(
-                both.with_values(values),
-                t.float().expand(both.batch),
-                prepared,
-                pooling=poolings[drop.factor(now, axes)],
-            )
-            if progress is not None and context is not None:
-                progress(context.evaluation + 1)
-            if not guided:
-                return out
-            with_prompt, without = out.chunk(2)
-            return without + scale * (with_prompt - without)
 
-        return velocity
+def _told(
+    on_step: Callable[[flowsolvers.Reached[Tensor]], object] | None,
+    progress: Callable[[int], None] | None,
+) -> Callable[[flowsolvers.Reached[Tensor]], object] | None:
+    """Tell both of a step's end."""
+    if progress is None:
+        return on_step
+
+    def tell(event: flowsolvers.Reached[Tensor]) -> None:
+        progress(event.evaluations)
+        if on_step is not None:
+            on_step(event)
+
+    return tell
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import flowsolvers
 from nextdit_core.errors import UserError
 
-__all__ = ["check_sampling"]
+__all__ = ["check_sampling", "named_schedule"]
 
 
-def check_sampling(solver: str, schedule: str, nfe: int) -> flowsolvers.Plan:
+def check_sampling(solver: str, schedule: str, nfe: int, *, start: float = 0.0) -> flowsolvers.Plan:
     """Resolve the names that a recipe or a request gives.
 
     Args:
         solver: A flowsolvers solver name.
         schedule: A flowsolvers time grid, or "auto" for the solver's own.
         nfe: Velocity evaluations.
+        start: Time at which to begin, in [0, 1).
 
     Returns:
         The plan.
@@ -23,7 +24,15 @@ def check_sampling(solver: str, schedule: str, nfe: int) -> flowsolvers.Plan:
         UserError: A name is unknown or the budget is not possible.
     """
     try:
-        grid = None if schedule == "auto" else flowsolvers.schedule(schedule)
-        return flowsolvers.plan(solver, nfe=nfe, schedule=grid)
+        return flowsolvers.plan(solver, nfe=nfe, schedule=named_schedule(schedule), start=start)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def named_schedule(name: str) -> flowsolvers.Schedule | None:
+    """Find a time grid by name; "auto" is None, which stands for the solver's own.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    return None if name == "auto" else flowsolvers.schedule(name)

@@ -30,6 +30,11 @@ __all__ = ["sample"]
 @click.option("--guidance", default=None, type=float, help="Guidance scale; 1 is none.")
 @click.option("--negative-prompt", default="", help="What guidance leads away from.")
 @click.option(
+    "--guidance-rule", default="cfg", show_default=True, help="cfg, cfg-zero*, apg, renorm."
+)
+@click.option("--guidance-until", default=1.0, show_default=True, help="Time of the last guidance.")
+@click.option("--extrapolate", default=None, help="Beyond the trained size, such as time-aware.")
+@click.option(
     "--context-drop",
     default="none",
     show_default=True,
@@ -49,6 +54,9 @@ def sample(
     schedule: str | None,
     guidance: float | None,
     negative_prompt: str,
+    guidance_rule: str,
+    guidance_until: float,
+    extrapolate: str | None,
     context_drop: str,
     batch: int,
     device: str,
@@ -60,6 +68,7 @@ def sample(
     not sampled again.
     """
     from nextdit_core.context_drop import ContextDrop
+    from nextdit_core.guidance import Guidance
     from nextdit_core.pipeline import Pipeline
     from nextdit_core.sampling_plan import check_sampling
 
@@ -73,6 +82,11 @@ def sample(
     defaults = pipe.card.sampling
     check_sampling(
         solver or defaults["solver"], schedule or defaults["schedule"], nfe or defaults["nfe"]
+    )
+    guided = Guidance(
+        defaults["guidance"] if guidance is None else guidance,
+        guidance_rule,
+        (0.0, guidance_until),
     )
     if extent is not None:
         pipe.modality.positions(extent)
@@ -94,7 +108,8 @@ def sample(
         "nfe": nfe,
         "solver": solver,
         "schedule": schedule,
-        "guidance": guidance,
+        "guidance": guided,
+        "extrapolate": extrapolate,
         "negative_prompt": negative_prompt,
         "context_drop": drop,
     }

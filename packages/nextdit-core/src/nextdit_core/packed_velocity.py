@@ -1,0 +1,72 @@
+"""A backbone as the velocity that a solver integrates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+import flowsolvers
+from nextdit_core.backbone import NextDiT, PreparedConditioning
+from nextdit_core.context_drop import ContextDrop
+from nextdit_core.tokens import Tokens
+
+__all__ = ["PackedVelocity"]
+
+
+class PackedVelocity:
+    """The velocity of packed tokens under one condition.
+
+    It changes nothing in the backbone, so that several can share one, also in threads.
+
+    Args:
+        backbone: The network.
+        prepared: The condition, as `NextDiT.prepare` gives it.
+        layout: Positions and lengths; its values are not looked at.
+        drop: By how much keys and values are pooled, by the time.
+        options: Other keyword arguments of `NextDiT.forward`.
+    """
+
+    takes_context = True
+
+    def __init__(
+        self,
+        backbone: NextDiT,
+        prepared: PreparedConditioning,
+        layout: Tokens,
+        drop: ContextDrop,
+        options: Mapping[str, Any],
+    ) -> None:
+        self.backbone, self.prepared, self.layout = backbone, prepared, layout
+        self.drop, self.options = drop, options
+        self.poolings = drop.poolings(layout, backbone.config.axes)
+
+    @property
+    def jumps(self) -> tuple[float, ...]:
+        """Times at which what is pooled changes."""
+        return tuple(until for until, _ in self.drop.schedule)
+
+    def __call__(
+        self, t: Tensor, x: Tensor, *, context: flowsolvers.Context | None = None
+    ) -> Tensor:
+        """Return dx/dt of `[total_tokens, token_dim]`."""
+        pooling = None
+        if self.drop.schedule:
+            now = t.item() if context is None else _now(context)
+            pooling = self.poolings[self.drop.factor(now, self.backbone.config.axes)]
+        return self.backbone(
+            self.layout.with_values(x),
+            t.float().expand(self.layout.batch),
+            self.prepared,
+            pooling=pooling,
+            **self.options,
+        )
+
+
+def _now(context: flowsolvers.Context) -> float:
+    """Give the time; at the end of a step, one that is still inside it."""
+    start, end = context.t_start, context.t_next
+    if start is not None and end is not None and context.t == end:
+        return context.t - 1e-6 * (end - start)
+    return context.t
