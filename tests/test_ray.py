@@ -89,6 +89,6 @@ def test_an_error_of_the_user_is_one_line_and_not_retried(
     assert running.end() == 2, running.log.read_text()
     last = running.log.read_text().splitlines()[-1]
     assert last.startswith("nextdit: error: the loss of step ")
-    assert "lower optimizer.lr" in last
+    assert "Lower optimizer.lr" in last
     starts = [row for row in running.rows("events.jsonl") if row["event"] == "start"]
     assert len(starts) == 1

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from nextdit_core import Pipeline, Recipe, UserError, train
+from nextdit_core import NextDiT, NextDiTConfig, Pipeline, Recipe, Tokens, UserError, train
 from nextdit_core.training import loop
+from nextdit_core.training.activations import checkpoint_blocks
 from nextdit_core.training.run_folder import RunFolder
 
 Make = Callable[..., Recipe]
@@ -113,20 +115,87 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_call_resumes(
     assert _curve(run) == _curve(whole)
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step(
+def test_losses_that_are_not_finite_stop_with_their_step(
     recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = loop._rank_loss
     monkeypatch.setattr(loop, "_rank_loss", lambda *args: real(*args) * float("nan"))
-    with pytest.raises(UserError, match=r"the loss of step 1 is nan; lower optimizer.lr"):
+    with pytest.raises(UserError, match=r"the loss of step 10 is nan .* Lower optimizer.lr"):
         train(recipe())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_one_step_that_is_not_finite_is_left_out_and_counted(
+    recipe: Make, monkeypatch: pytest.MonkeyPatch, bad: float
+) -> None:
+    real = loop._rank_loss
+    calls = 0
+
+    def sometimes(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return real(*args) * (bad if calls == 3 else 1.0)
+
+    monkeypatch.setattr(loop, "_rank_loss", sometimes)
+    run = recipe(log_every=4, ema_decay=0.0, steps=4, checkpoint_every=1, keep_checkpoints=9)
+    train(run)
+    rows = RunFolder(run.out).rows()
+    assert [row["step"] for row in rows if row.get("skipped")] == [3]
+
+    def weights(step: int) -> dict[str, torch.Tensor]:
+        return load_file(RunFolder(run.out).checkpoint(step) / "training" / "state.safetensors")
+
+    before, left_out, after = weights(2), weights(3), weights(4)
+    assert all(torch.equal(before[name], left_out[name]) for name in before)
+    changed = [name for name in before if not torch.equal(left_out[name], after[name])]
+    assert "model.backbone.x_embedder.weight" in changed
+    assert all(tensor.isfinite().all() for tensor in after.values())
+
+
+def test_micro_batches_give_the_gradients_of_the_batch(recipe: Make, tmp_path: Path) -> None:
+    whole = recipe(out=str(tmp_path / "whole"))
+    parts = recipe(out=str(tmp_path / "parts"), micro_batch_tokens=6)
+    train(whole)
+    train(parts)
+    for one, other in zip(_curve(whole), _curve(parts), strict=True):
+        assert one[1] == pytest.approx(other[1], rel=1e-4)
+    norms = [[row["grad_norm"] for row in RunFolder(r.out).rows()] for r in (whole, parts)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def test_checkpointed_activations_change_memory_and_nothing_else(
+    recipe: Make, tmp_path: Path
+) -> None:
+    plain = recipe(out=str(tmp_path / "plain"))
+    less = recipe(out=str(tmp_path / "less"), checkpoint_activations=True)
+    files = [train(run) / "backbone" / "model.safetensors" for run in (plain, less)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+    def saved(*, forget: bool) -> int:
+        """Add up the bytes that autograd keeps for the backward pass."""
+        torch.manual_seed(0)
+        model = NextDiT(NextDiTConfig(token_dim=4, width=64, layers=6, heads=4))
+        if forget:
+            checkpoint_blocks(model)
+        tokens = Tokens(torch.randn(64, 4), torch.zeros(64, 3), (64,))
+        kept: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if not isinstance(tensor, torch.nn.Parameter):
+                storage = tensor.untyped_storage()
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(tokens, torch.tensor([0.5])).square().sum()
+        return sum(kept.values())
+
+    assert saved(forget=True) < 0.2 * saved(forget=False)
 
 
 def test_the_average_is_what_is_saved(recipe: Make) -> None:
     run = recipe(ema_decay=0.0, steps=4)
     checkpoint = train(run)
-    from safetensors.torch import load_file
-
     raw = load_file(checkpoint / "training" / "state.safetensors")
     saved = load_file(checkpoint / "backbone" / "model.safetensors")
     for name, tensor in saved.items():

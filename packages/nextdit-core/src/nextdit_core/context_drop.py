@@ -69,7 +69,7 @@ class ContextDrop:
     '0.1:4,0.5:1x2x2'
     """
 
-    schedule: tuple[tuple[float, int | Factor], ...] = ((0.5, 2),)
+    schedule: tuple[tuple[float, int | Factor], ...] = ((0.3, 2),)
 
     def __post_init__(self) -> None:
         """Check times and factors."""

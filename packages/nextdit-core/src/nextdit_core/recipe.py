@@ -103,6 +103,10 @@ class Recipe(_Section):
         sampling: Defaults for sampling the result.
         steps: Optimiser steps in all.
         batch_tokens: Tokens in one global batch, over all workers.
+        micro_batch_tokens: Most tokens that a worker sends through the model at once; it adds up
+            the gradients of its share of a batch. None sends all.
+        checkpoint_activations: Keep only each block's input and compute the rest again in the
+            backward pass: less memory, about a third more time.
         seed: Seed of the initial weights, the batch plan and the noise.
         time_distribution: How training times are spread over [0, 1].
         caption_dropout: Share of samples that see the empty caption.
@@ -130,6 +134,8 @@ class Recipe(_Section):
     sampling: SamplingRecipe = SamplingRecipe()
     steps: Count = 1000
     batch_tokens: Count = 1024
+    micro_batch_tokens: Count | None = None
+    checkpoint_activations: bool = False
     seed: int = 0
     time_distribution: Literal["uniform", "lognorm"] = "uniform"
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1

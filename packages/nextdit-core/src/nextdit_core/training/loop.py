@@ -6,7 +6,7 @@ import math
 import os
 import socket
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,18 @@ from nextdit_core.recipe import Recipe
 from nextdit_core.sampling_plan import check_sampling
 from nextdit_core.saved_model import ModelCard, check_format, load_weights, write_model
 from nextdit_core.text_encoders import load_text_encoder
+from nextdit_core.training.activations import checkpoint_blocks
 from nextdit_core.training.draws import draw
 from nextdit_core.training.objective import batch_loss
-from nextdit_core.training.plan import Batch, batches_from, epoch_plan, rank_slice
+from nextdit_core.training.plan import Batch, batches_from, epoch_plan, micro_batches, rank_slice
 from nextdit_core.training.run_folder import RunFolder
 from nextdit_core.training.runtime import Runtime
 from nextdit_core.training.state import TrainState, learning_rate
 
 __all__ = ["Ingredients", "prepare", "train"]
+
+#: So many steps in a row whose gradients are not finite end a run.
+_PATIENCE = 10
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,8 @@ def train(recipe: Recipe, runtime: Runtime) -> None:
     if runtime.rank == 0:
         run.rewind(state.step)
         run.event("start", step=state.step, steps=recipe.steps, workers=workers)
+    if recipe.checkpoint_activations:
+        checkpoint_blocks(state.model.backbone)
     model = _parallel(state.model, runtime)
     precision = (
         torch.autocast(runtime.device.type, torch.bfloat16)
@@ -130,21 +136,18 @@ def train(recipe: Recipe, runtime: Runtime) -> None:
         rate = learning_rate(recipe.optimizer, state.step, recipe.steps)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        with precision:
-            loss = _rank_loss(model, parts, epoch, batch, runtime)
-        # The wrapper averages gradients over ranks; the ranks' losses add up to the batch's.
-        (loss * runtime.world_size).backward()
-        nn.utils.clip_grad_norm_(state.model.parameters(), recipe.optimizer.grad_clip)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        loss = _backward(model, parts, epoch, batch, runtime, precision)
+        norm = nn.utils.clip_grad_norm_(state.model.parameters(), recipe.optimizer.grad_clip)
+        state.update(norm)
         state.step, state.epoch, state.batch = state.step + 1, epoch, index + 1
         state.update_average(recipe.ema_decay)
-        pending.append(({"step": state.step, "epoch": epoch, "lr": rate}, loss.detach()))
+        row = {"step": state.step, "epoch": epoch, "lr": rate}
+        pending.append((row, torch.stack([loss, norm.to(loss) / runtime.world_size])))
 
         last = state.step == recipe.steps
         save = last or state.step % recipe.checkpoint_every == 0
         if save or state.step % recipe.log_every == 0:
-            stop = _flush(pending, run, runtime)
+            stop = _flush(pending, state, run, runtime)
             written = _save(state, parts, run, runtime) if save or stop else None
             runtime.report({"step": float(state.step), "loss": _last_loss(pending)}, written)
             pending.clear()
@@ -156,14 +159,45 @@ def train(recipe: Recipe, runtime: Runtime) -> None:
         run.event("end", step=state.step)
 
 
-def _rank_loss(
-    model: nn.Module, parts: Ingredients, epoch: int, batch: Batch, runtime: Runtime
+def _backward(
+    model: nn.Module,
+    parts: Ingredients,
+    epoch: int,
+    batch: Batch,
+    runtime: Runtime,
+    precision: AbstractContextManager[object],
 ) -> Tensor:
-    """Compute this rank's share of the loss of one global batch."""
-    recipe, data = parts.recipe, parts.data
+    """Add up the gradients of this rank's share of one global batch, and give its loss."""
     own: Sequence[int] = rank_slice(batch, runtime.rank, runtime.world_size)
     # A rank without samples still has to take part in the reduction: one sample, weight 0.
     weight, indices = (1.0, own) if own else (0.0, batch[:1])
+    lengths = parts.data.lengths
+    total = sum(lengths[index] for index in batch)
+    losses: list[Tensor] = []
+    *early, last = micro_batches(indices, lengths, parts.recipe.micro_batch_tokens)
+    for some in [*early, last]:
+        reduce = nullcontext()
+        if some is not last and isinstance(model, nn.parallel.DistributedDataParallel):
+            reduce = model.no_sync()
+        with reduce:
+            with precision:
+                loss = _rank_loss(model, parts, epoch, some, total, runtime.device) * weight
+            # The wrapper averages over ranks; the ranks' losses add up to the batch's.
+            (loss * runtime.world_size).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+def _rank_loss(
+    model: nn.Module,
+    parts: Ingredients,
+    epoch: int,
+    indices: Sequence[int],
+    total: int,
+    device: torch.device,
+) -> Tensor:
+    """Compute the loss of some samples, as a share of a batch of `total` tokens."""
+    recipe, data = parts.recipe, parts.data
     draws = [
         draw(
             recipe.seed,
@@ -175,8 +209,7 @@ def _rank_loss(
         )
         for index in indices
     ]
-    total = sum(len(data.values[index]) for index in batch)
-    return batch_loss(model, data, indices, draws, total, runtime.device) * weight
+    return batch_loss(model, data, indices, draws, total, device)
 
 
 def _parallel(model: FlowModel, runtime: Runtime) -> nn.Module:
@@ -195,19 +228,34 @@ def _workers(runtime: Runtime) -> list[dict[str, Any]]:
     return gathered
 
 
-def _flush(pending: list[tuple[dict[str, Any], Tensor]], run: RunFolder, runtime: Runtime) -> bool:
-    """Sum the pending losses over the ranks, write them, and agree on whether to stop."""
-    stop = torch.tensor(float(runtime.stop_requested()), device=runtime.device)
-    values = torch.stack([*(loss for _, loss in pending), stop])
+def _flush(
+    pending: list[tuple[dict[str, Any], Tensor]],
+    state: TrainState,
+    run: RunFolder,
+    runtime: Runtime,
+) -> bool:
+    """Sum the pending numbers over the ranks, write them, and agree on whether to stop.
+
+    A step whose gradients were not finite was left out; that is written too.
+    """
+    stop = torch.tensor([float(runtime.stop_requested())] * 2, device=runtime.device)
+    values = torch.stack([*(numbers for _, numbers in pending), stop])
     if runtime.world_size > 1:
         dist.all_reduce(values)
-    *losses, stops = values.tolist()
-    for (row, _), loss in zip(pending, losses, strict=True):
-        row["loss"] = loss
-        if not math.isfinite(loss):
+    *numbers, (stops, _) = values.tolist()
+    for (row, _), (loss, norm) in zip(pending, numbers, strict=True):
+        row |= {"loss": loss, "grad_norm": norm}
+        if math.isfinite(loss) and math.isfinite(norm):
+            state.left_out = 0
+            continue
+        row["skipped"] = True
+        state.left_out += 1
+        if state.left_out == _PATIENCE:
             raise UserError(
-                f"the loss of step {row['step']} is {loss}; lower optimizer.lr (now "
-                f"{row['lr']:g}) and start again from the last checkpoint in {run.path}"
+                f"the loss of step {row['step']} is {loss} and the norm of its gradients {norm}; "
+                f"so were those of {_PATIENCE - 1} steps before it, and all were left out. Lower "
+                f"optimizer.lr (now {row['lr']:g}) and start again from the last checkpoint in "
+                f"{run.path}"
             )
     if runtime.rank == 0:
         run.append(row for row, _ in pending)

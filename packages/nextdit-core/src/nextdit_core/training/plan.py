@@ -10,7 +10,7 @@ import torch
 from nextdit_core.errors import UserError
 from nextdit_core.training.draws import generator
 
-__all__ = ["Batch", "batches_from", "epoch_plan", "rank_slice"]
+__all__ = ["Batch", "batches_from", "epoch_plan", "micro_batches", "rank_slice"]
 
 #: Sample indices of one global batch.
 Batch = tuple[int, ...]
@@ -101,3 +101,20 @@ def batches_from(
 def rank_slice(batch: Batch, rank: int, world_size: int) -> Batch:
     """Give one rank its part of a global batch; empty where samples are fewer than ranks."""
     return batch[rank::world_size]
+
+
+def micro_batches(indices: Sequence[int], lengths: Sequence[int], most: int | None) -> list[Batch]:
+    """Cut a worker's share of a batch into parts that fit its memory.
+
+    Args:
+        indices: Samples, in order.
+        lengths: Tokens of every sample of the data.
+        most: Tokens in one part; a longer sample is a part of its own. None does not cut.
+
+    Returns:
+        At least one part, in order.
+
+    >>> micro_batches([0, 1, 2], [3, 3, 3], 6)
+    [(0, 1), (2,)]
+    """
+    return [tuple(indices)] if most is None else _fill(indices, lengths, most)

@@ -50,6 +50,7 @@ class TrainState:
         step: Optimiser steps done.
         epoch: Epoch of the next batch.
         batch: Index in that epoch of the next batch.
+        left_out: Steps before the next one, in a row, whose gradients were not finite.
     """
 
     model: FlowModel
@@ -58,6 +59,7 @@ class TrainState:
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    left_out: int = 0
 
     @classmethod
     def fresh(cls, model: FlowModel, recipe: OptimizerRecipe) -> TrainState:
@@ -67,9 +69,23 @@ class TrainState:
             lr=recipe.lr,
             betas=(recipe.beta1, recipe.beta2),
             weight_decay=recipe.weight_decay,
+            fused=True,
         )
         average = {name: value.detach().clone() for name, value in model.named_parameters()}
         return cls(model, optimizer, average)
+
+    def update(self, norm: Tensor) -> None:
+        """Take a step along the gradients, unless one of them is not finite.
+
+        The step is left out on the device: nothing waits for the number.
+
+        Args:
+            norm: Of all gradients.
+        """
+        # The fused optimiser's own switch, which mixed precision in float16 uses too.
+        vars(self.optimizer)["found_inf"] = norm.isfinite().logical_not().float()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def update_average(self, decay: float) -> None:
