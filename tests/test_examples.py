@@ -6,6 +6,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
+
+from nextdit_core import Tokens
 
 
 def test_an_sd3_pipeline_is_sampled_in_20_lines(
@@ -24,3 +27,30 @@ def test_an_sd3_pipeline_is_sampled_in_20_lines(
     assert (tmp_path / "sd3.png").stat().st_size > 0
     assert found["pipe"].scheduler.step_index == 10
     assert "pec2 on shift:3@uniform: 10 evaluations in 10 steps" in capsys.readouterr().out
+
+
+def test_three_kinds_of_token_share_a_trunk(root: Path) -> None:
+    """Each loss falls in one packed batch, and no kind sees another."""
+    pytest.importorskip("sklearn")
+    found = runpy.run_path(str(root / "examples" / "train_three_kinds.py"))
+    curves = found["train"](120)
+    first, last = (
+        {k: sum(c[s]) / 20 for k, c in curves.items()} for s in (slice(20), slice(-20, None))
+    )
+    assert set(curves) == {"digits", "sounds", "points"}
+    for kind, loss in last.items():
+        assert loss < 0.85 * first[kind], (kind, first, last)
+
+    torch.manual_seed(0)
+    model, random = found["ThreeKinds"](), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=random)
+    batch, times = {}, {}
+    for kind, (make, _) in found["KINDS"].items():
+        batch[kind] = Tokens.pack([Tokens(v, p, (len(v),)) for v, p in make(2, random)])
+        times[kind] = torch.rand(2, generator=random)
+    with torch.no_grad():
+        together = model(batch, times)
+        for kind in batch:
+            alone = model({kind: batch[kind]}, {kind: times[kind]})[kind]
+            assert (together[kind] - alone).abs().max() <= 1e-5

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nextdit_core.backbone import NextDiT, PreparedConditioning
+    from nextdit_core.backbone import FinalLayer, NextDiT, PreparedConditioning
     from nextdit_core.conditioning import Conditioning
     from nextdit_core.config import NextDiTConfig
     from nextdit_core.context_drop import ContextDrop, Pooling
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = version("nextdit-core")
 
 _HOMES = {
+    "FinalLayer": "backbone",
     "NextDiT": "backbone",
     "PreparedConditioning": "backbone",
     "Conditioning": "conditioning",
@@ -55,6 +56,7 @@ __all__ = [
     "Engine",
     "Example",
     "Extrapolation",
+    "FinalLayer",
     "Guidance",
     "Modality",
     "NextDiT",

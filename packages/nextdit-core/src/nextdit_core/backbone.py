@@ -25,7 +25,7 @@ from nextdit_core.tokens import Tokens
 #: Softmax scale of the self attention: a number, by token count, or 1/sqrt(head_dim).
 Scale = float | Literal["proportional"] | None
 
-__all__ = ["NextDiT", "PreparedConditioning", "backbone_rope"]
+__all__ = ["FinalLayer", "NextDiT", "PreparedConditioning", "backbone_rope"]
 
 
 @dataclass(frozen=True)
@@ -250,19 +250,35 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Norm, scale by the modulation vector, and project to one token's velocity."""
+    """Norm, scale by the modulation vector, and project to one token's velocity.
 
-    def __init__(self, config: NextDiTConfig) -> None:
+    Args:
+        config: Of the trunk.
+        token_dim: Numbers in one token, where they are not `config.token_dim`.
+    """
+
+    def __init__(self, config: NextDiTConfig, token_dim: int | None = None) -> None:
         super().__init__()
-        self.linear = nn.Linear(config.width, config.token_dim)
+        self.linear = nn.Linear(config.width, config.token_dim if token_dim is None else token_dim)
         self.adaLN_modulation = nn.Sequential(
             nn.SiLU(), nn.Linear(config.modulation_dim, config.width)
         )
 
-    def forward(self, x: Tensor, modulation: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
-        """Map `[..., width]` to `[..., token_dim]`."""
-        scale = _per_token(self.adaLN_modulation(modulation), lengths)
-        return self.linear(norm_modulate(x, None, scale, eps=1e-6, centred=True))
+    def forward(self, hidden: Tensor, modulation: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Give the velocity of tokens.
+
+        Args:
+            hidden: `[total_tokens, width]`, as `NextDiT.trunk` gives it.
+            modulation: `[batch, modulation_dim]`.
+            lengths: Tokens of each sample.
+
+        Returns:
+            `[total_tokens, token_dim]`.
+        """
+        equal = len(set(lengths)) == 1
+        x = hidden.view(len(lengths), lengths[0], -1) if equal else hidden[None]
+        scale = _per_token(self.adaLN_modulation(modulation), None if equal else lengths)
+        return self.linear(norm_modulate(x, None, scale, eps=1e-6, centred=True)).flatten(0, 1)
 
 
 def _per_token(vector: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
@@ -407,6 +423,50 @@ class NextDiT(nn.Module):
         Raises:
             ValueError: `t` or `condition` does not fit the batch.
         """
+        values = self.x_embedder(tokens.values.to(self.x_embedder.weight.dtype))
+        hidden, modulation = self.trunk(
+            tokens.with_values(values),
+            t,
+            condition,
+            rope=rope,
+            scale=scale,
+            trained_tokens=trained_tokens,
+            pooling=pooling,
+        )
+        return self.final_layer(hidden, modulation, tokens.lengths)
+
+    def trunk(
+        self,
+        tokens: Tokens,
+        t: Tensor,
+        condition: Conditioning | PreparedConditioning | None = None,
+        *,
+        rope: rope3d.Rope | rope3d.TimedRope | None = None,
+        scale: Scale = None,
+        trained_tokens: int | None = None,
+        pooling: Pooling | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the blocks alone, on tokens that are embedded already.
+
+        With an embedding and a `FinalLayer` of its own for each of several kinds of token, they
+        share one trunk, also in one batch.
+
+        Args:
+            tokens: Their values are `[total_tokens, width]`.
+            t: As in `forward`; so are the others.
+            condition: The text.
+            rope: Another rotary layout.
+            scale: Of the self attention.
+            trained_tokens: Tokens per sample at training.
+            pooling: Of keys and values.
+
+        Returns:
+            Hidden states `[total_tokens, width]`, and the modulation vector of each sample,
+            `[batch, modulation_dim]`, which a `FinalLayer` takes both.
+
+        Raises:
+            ValueError: `t` or `condition` does not fit the batch.
+        """
         if t.shape != (tokens.batch,):
             raise ValueError(f"t has shape {tuple(t.shape)}; expected [{tokens.batch}]")
         if not isinstance(condition, PreparedConditioning):
@@ -421,7 +481,7 @@ class NextDiT(nn.Module):
         length = tokens.equal_length
         shape = (1, len(tokens.values)) if length is None else (tokens.batch, length)
         lengths = tokens.lengths if length is None else None
-        x = self.x_embedder(tokens.values.to(self.x_embedder.weight.dtype)).view(*shape, -1)
+        x = tokens.values.view(*shape, -1)
         positions = tokens.positions.view(*shape, 3)
         times = t if lengths is None else _per_token(t[:, None], lengths)[..., 0]
         rotation = (rope or self.rope).rotation(positions, times)
@@ -430,7 +490,7 @@ class NextDiT(nn.Module):
             if condition.mask is not None:
                 text = (condition.text_keys[index], condition.text_values[index], condition.mask)
             x = block(x, modulation, rotation, lengths, scale, trained_tokens, text, pooling)
-        return self.final_layer(x, modulation, lengths).flatten(0, 1)
+        return x.flatten(0, 1), modulation
 
     def extra_repr(self) -> str:
         """Name the sizes in `print(model)`."""
