@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextdit_core import UserError
-from nextdit_core.training.draws import draw
+from nextdit_core.training.draws import draw, time_shift
 from nextdit_core.training.plan import batches_from, epoch_plan, rank_slice
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=80)
@@ -72,3 +73,23 @@ def test_times_and_dropout_have_the_distribution_that_was_asked_for() -> None:
     assert abs(float(torch.logit(lognorm).std()) - 1) < 0.04
     noise = torch.stack([d.noise for d in draws])
     assert abs(float(noise.std()) - 1) < 0.04
+
+
+def test_training_times_move_towards_noise_with_the_number_of_tokens() -> None:
+    """A uniform u goes to u / (s + u - s u): s = 2 at four times the tokens, e^mu for Flux."""
+    plain = [draw(0, 0, i, (1024, 1)).t for i in range(500)]
+    for name, factor in (("sd3:256", 2.0), ("shift:3", 3.0), ("flux", math.exp(0.63))):
+        moved = [draw(0, 0, i, (1024, 1), shift=name).t for i in range(500)]
+        expected = [u / (factor + u - factor * u) for u in plain]
+        assert moved == pytest.approx(expected, rel=1e-9), name
+    # 0.63 is on the line from 0.5 at 256 tokens to 1.15 at 4096.
+    assert pytest.approx(0.63) == 0.5 + (1024 - 256) * 0.65 / 3840
+    small, large = (draw(0, 0, 1, (n, 1), shift="sd3:256").t for n in (256, 4096))
+    assert small == pytest.approx(draw(0, 0, 1, (256, 1)).t)
+    assert large < small
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3:x", "sd3:0", "shfit:3", ""])
+def test_time_shifts_that_mean_nothing_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="time_shift is"):
+        time_shift(name, 64)

@@ -109,6 +109,8 @@ class Recipe(_Section):
             backward pass: less memory, about a third more time.
         seed: Seed of the initial weights, the batch plan and the noise.
         time_distribution: How training times are spread over [0, 1].
+        time_shift: How training times move towards noise in larger samples: "none", "flux",
+            "sd3:TOKENS", or a time grid such as "shift:3" for all.
         caption_dropout: Share of samples that see the empty caption.
         ema_decay: Decay of the weight average; it starts lower and rises to this.
         precision: "float32", or "bfloat16" autocast.
@@ -138,6 +140,7 @@ class Recipe(_Section):
     checkpoint_activations: bool = False
     seed: int = 0
     time_distribution: Literal["uniform", "lognorm"] = "uniform"
+    time_shift: str = "none"
     caption_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     precision: Literal["float32", "bfloat16"] = "float32"

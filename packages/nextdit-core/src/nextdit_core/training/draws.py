@@ -14,7 +14,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "TimeDistribution", "draw", "generator"]
+import flowsolvers
+from nextdit_core.errors import UserError
+
+__all__ = ["Draw", "TimeDistribution", "draw", "generator", "time_shift"]
 
 TimeDistribution = Literal["uniform", "lognorm"]
 TIME_DISTRIBUTIONS = get_args(TimeDistribution)
@@ -61,6 +64,7 @@ def draw(
     shape: Sequence[int],
     *,
     time_distribution: TimeDistribution = "uniform",
+    shift: str = "none",
     caption_dropout: float = 0.0,
 ) -> Draw:
     """Draw time, caption dropout and noise for one sample of one epoch.
@@ -71,6 +75,7 @@ def draw(
         index: The sample's number in the dataset.
         shape: `(tokens, token_dim)`.
         time_distribution: "uniform", or "lognorm": the logistic of a standard normal.
+        shift: How times move towards noise, by the number of tokens; see `time_shift`.
         caption_dropout: Probability of the empty caption, for classifier-free guidance.
 
     Returns:
@@ -81,6 +86,46 @@ def draw(
         t = torch.rand((), generator=source, dtype=torch.float64)
     else:
         t = torch.sigmoid(torch.randn((), generator=source, dtype=torch.float64))
+    moved = time_shift(shift, shape[0])
     drop = torch.rand((), generator=source, dtype=torch.float64)
     noise = torch.randn(tuple(shape), generator=source)
-    return Draw(float(t), bool(drop < caption_dropout), noise)
+    time = float(t) if moved is None else moved(float(t))
+    return Draw(time, bool(drop < caption_dropout), noise)
+
+
+def time_shift(name: str, tokens: int) -> flowsolvers.Schedule | None:
+    """Say how training times move for a sample of some tokens.
+
+    The more tokens, the less one level of noise hides of what they say together, so that larger
+    samples train nearer to noise.
+
+    Args:
+        name: "none"; "flux", by the line of FLUX.1 and Lumina-Image 2.0; "sd3:N", by the square
+            root of the ratio to N tokens; or a time grid of flowsolvers, such as "shift:3", for
+            all sizes alike.
+        tokens: Of the sample.
+
+    Returns:
+        What maps a time drawn to a time used, or None for no change.
+
+    Raises:
+        UserError: The name says nothing of this.
+
+    Source: Esser et al., arXiv 2403.03206, eq. 23; FLUX.1 (Black Forest Labs, 2024).
+
+    >>> print(time_shift("sd3:256", 1024))
+    shift:2
+    """
+    if name == "none":
+        return None
+    if name == "flux":
+        return flowsolvers.flux_shift(tokens)
+    try:
+        if name.startswith("sd3:"):
+            return flowsolvers.sd3_shift(tokens, int(name.removeprefix("sd3:")))
+        return flowsolvers.schedule(name)
+    except ValueError as error:
+        raise UserError(
+            f"time_shift is {name!r}; expected none, flux, sd3:TOKENS such as sd3:256, or a time "
+            f"grid such as shift:3 ({error})"
+        ) from error

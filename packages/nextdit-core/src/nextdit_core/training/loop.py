@@ -27,7 +27,7 @@ from nextdit_core.sampling_plan import check_sampling
 from nextdit_core.saved_model import ModelCard, check_format, load_weights, write_model
 from nextdit_core.text_encoders import load_text_encoder
 from nextdit_core.training.activations import checkpoint_blocks
-from nextdit_core.training.draws import draw
+from nextdit_core.training.draws import draw, time_shift
 from nextdit_core.training.objective import batch_loss
 from nextdit_core.training.plan import Batch, batches_from, epoch_plan, micro_batches, rank_slice
 from nextdit_core.training.run_folder import RunFolder
@@ -84,6 +84,7 @@ def prepare(recipe: Recipe) -> Ingredients:
         UserError: A name is unknown, an option is wrong, or sizes do not fit.
     """
     check_sampling(recipe.sampling.solver, recipe.sampling.schedule, recipe.sampling.nfe)
+    time_shift(recipe.time_shift, 1)
     modality = load_modality(recipe.modality, recipe.modality_options)
     encoder: Any = load_text_encoder(recipe.text_encoder, recipe.text_encoder_options)
     config = NextDiTConfig(
@@ -205,6 +206,7 @@ def _rank_loss(
             index,
             data.values[index].shape,
             time_distribution=recipe.time_distribution,
+            shift=recipe.time_shift,
             caption_dropout=recipe.caption_dropout,
         )
         for index in indices
