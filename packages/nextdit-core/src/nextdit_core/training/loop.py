@@ -86,7 +86,7 @@ def prepare(recipe: Recipe) -> Ingredients:
         token_dim=modality.token_dim,
         axes=modality.axes,
         text_dim=encoder.text_dim,
-        **recipe.model.model_dump(),
+        **recipe.model.to_fields(),
     )
     data = TokenDataset(load_dataset(recipe.dataset, recipe.dataset_options), modality)
     epoch_plan(data.lengths, recipe.batch_tokens, recipe.seed, 0)
