@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import rope3d
 from nextdit_core.block_operations import gate_residual, norm_modulate, norm_rotate, swiglu
+from nextdit_core.checkpoints.pretrained import Pretrained
 from nextdit_core.conditioning import Conditioning
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.tokens import Tokens
@@ -245,7 +246,7 @@ def _per_token(vector: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
     return vector.repeat_interleave(repeats, dim=0, output_size=sum(lengths))[None]
 
 
-class NextDiT(nn.Module):
+class NextDiT(Pretrained, nn.Module):
     """The Next-DiT backbone.
 
     Args:

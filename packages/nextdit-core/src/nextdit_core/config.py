@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -170,4 +171,20 @@ class NextDiTConfig:
         for key in values:
             if key not in names:
                 raise unknown_name("backbone config key", key, names)
+            if not _has_kind(cls.__annotations__[key], values[key]):
+                raise UserError(
+                    f"model.{key} is {values[key]!r}; expected {cls.__annotations__[key]}"
+                )
+        if "token_dim" not in values:
+            raise UserError("the backbone's sizes lack token_dim; they were changed or are damaged")
         return cls(**values)
+
+
+def _has_kind(annotation: str, value: object) -> bool:
+    """Tell whether a value from a file is of a field's type; a whole number is a float too."""
+    kinds = annotation.split(" | ")
+    if value is None or isinstance(value, bool):
+        return ("None" if value is None else "bool") in kinds
+    if isinstance(value, int):
+        return "int" in kinds or "float" in kinds
+    return isinstance(value, float) and "float" in kinds and math.isfinite(value)

@@ -56,7 +56,8 @@ def _installation() -> list[tuple[str, str]]:
 def _model(path: Path) -> list[tuple[str, str]]:
     import torch
 
-    from nextdit_core.saved_model import find_model, load_model
+    from nextdit_core.model_folder import find_model
+    from nextdit_core.saved_model import load_model
 
     folder = find_model(path)
     model, modality, card = load_model(folder, torch.device("cpu"), torch.float32)
