@@ -21,6 +21,7 @@ __all__ = [
     "MARKER",
     "cannot_write",
     "check_complete",
+    "check_free",
     "new_file",
     "new_folder",
     "read_json",
@@ -59,8 +60,18 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
+
+def check_free(path: Path) -> None:
+    """Refuse a place where something stands.
+
+    Raises:
+        UserError: The place is taken.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another place or remove it")
 
 
 @contextmanager
@@ -77,8 +88,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         UserError: The place is taken, not writable, or the disk is full. What was there
             before is untouched.
     """
-    if path.exists():
-        raise UserError(f"{path} exists already; choose another place or remove it")
+    check_free(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)

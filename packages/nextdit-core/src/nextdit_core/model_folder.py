@@ -46,7 +46,8 @@ def find_model(path: str | Path) -> Path:
     if path.is_dir() and not (path / CARD).is_file():
         raise UserError(
             f"{path} holds no {CARD}, so it is not a saved nextdit model; give the folder of a "
-            f"run or of a model"
+            f"run or of a model. A backbone alone (ours, the authors' or diffusers') is loaded by "
+            f"NextDiT.from_pretrained and described by nextdit info"
         )
     check_complete(path)
     check_format(path)

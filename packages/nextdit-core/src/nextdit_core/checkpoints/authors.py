@@ -53,6 +53,19 @@ class Variant:
         rows, columns = shapes.get(OUTPUT[0], (0,))[0], shapes.get(INPUT, (0, 0))[-1]
         return cls(patch_size, learn_sigma=rows != columns, pad_token=PAD in shapes)
 
+    def left_out(self, config: NextDiTConfig) -> tuple[str, ...]:
+        """Say what reading drops."""
+        words = []
+        if self.pad_token:
+            words.append(f"pad_token ({config.width} numbers): nothing is padded here")
+        if self.learn_sigma:
+            count = config.token_dim * (config.width + 1)
+            words.append(
+                f"the second half of final_layer.linear ({count:,} numbers), which the authors' "
+                f"forward throws away"
+            )
+        return tuple(words)
+
 
 def reading(config: NextDiTConfig, variant: Variant) -> dict[str, Derived]:
     """Make our tensors of theirs."""

@@ -39,6 +39,8 @@ class Checkpoint:
         config: Its sizes.
         weights: Its tensors, to be read a few at a time.
         plan: What each of our tensors is made of.
+        patch_size: Side of a patch; 2 where nothing tells.
+        left_out: What it holds and a backbone does not need, in words.
         model_args: What the authors' training script was started with, where it is known.
     """
 
@@ -47,6 +49,8 @@ class Checkpoint:
     config: NextDiTConfig
     weights: Weights
     plan: Mapping[str, Derived]
+    patch_size: int = 2
+    left_out: tuple[str, ...] = ()
     model_args: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -86,9 +90,11 @@ def open_checkpoint(
     values = _config_values(folder)
     args = folder / "model_args.pth"
     said = read_model_args(args) if layout is Layout.AUTHORS and args.is_file() else {}
-    config, plan, expected = _plan(place, layout, weights.shapes, values, said, patch_size)
+    config, variant, plan, expected = _plan(place, layout, weights.shapes, values, said, patch_size)
     check_fit(place, layout.value, weights.shapes, expected)
-    return Checkpoint(place, layout, config, weights, plan, said)
+    left_out = variant.left_out(config) if variant else ()
+    patch = variant.patch_size if variant else 2
+    return Checkpoint(place, layout, config, weights, plan, patch, left_out, said)
 
 
 def _backbone_place(path: Path) -> Path:
@@ -183,8 +189,8 @@ def _plan(
     values: Mapping[str, Any] | None,
     said: Mapping[str, Any],
     patch_size: int | None,
-) -> tuple[NextDiTConfig, dict[str, Derived], dict[str, tuple[int, ...]]]:
-    """Find the sizes, what ours is made of, and what has to be there."""
+) -> tuple[NextDiTConfig, Variant | None, dict[str, Derived], dict[str, tuple[int, ...]]]:
+    """Find the sizes, what theirs adds to them, what ours is made of, and what has to be there."""
 
     def lacks(name: str) -> UserError:
         return UserError(
@@ -202,7 +208,7 @@ def _plan(
         check_sizes(place, config, shapes, authors.layer_count(shapes))
         own = own_tensors(config)
         expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        return config, {name: same(name) for name in own}, expected
+        return config, None, {name: same(name) for name in own}, expected
     if layout is Layout.DIFFUSERS:
         named = diffusers.authors_shapes(shapes)
         if values is None:
@@ -220,7 +226,8 @@ def _plan(
         reading, writing = authors.reading, authors.writing
     authors.check_expressible(config, patch)
     check_sizes(place, config, named, authors.layer_count(named))
-    return config, reading(config, variant), converted_shapes(config, writing(config, variant))
+    expected = converted_shapes(config, writing(config, variant))
+    return config, variant, reading(config, variant), expected
 
 
 def _check_class(place: Path, values: Mapping[str, Any]) -> None:

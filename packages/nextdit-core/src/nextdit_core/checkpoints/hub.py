@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nextdit_core.errors import UserError
+from nextdit_core.model_folder import CARD
 
 __all__ = ["local_path", "push_folder"]
 
@@ -29,6 +30,7 @@ def local_path(
     path: str | Path,
     *,
     ema: bool = False,
+    pipeline: bool = False,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -40,6 +42,7 @@ def local_path(
     Args:
         path: A path, or OWNER/NAME.
         ema: Take the authors' averaged weights instead of the raw ones.
+        pipeline: Take all files of a saved model, and of anything else none.
         revision: Branch, tag or commit.
         token: Access token; True takes the stored one.
         cache_dir: Where downloads are kept; huggingface_hub's own place when None.
@@ -58,7 +61,8 @@ def local_path(
         return place
     hub = _hub(f"there is no folder {path}, and to download it from the Hugging Face hub")
     consolidated = "consolidated_ema.*" if ema else "consolidated.*"
-    try:
+
+    def download(patterns: list[str] | None) -> Path:
         found = hub.snapshot_download(
             str(path),
             revision=revision,
@@ -66,15 +70,21 @@ def local_path(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             force_download=force_download,
-            allow_patterns=[*PATTERNS, consolidated],
+            allow_patterns=patterns,
         )
+        return Path(found)
+
+    try:
+        if not pipeline:
+            return download([*PATTERNS, consolidated])
+        first = download([CARD])
+        return download(None) if (first / CARD).is_file() else first
     except Exception as error:  # the network, the disk, the licence of a repository ...
         said = " ".join(str(error).split())[:300]
         raise UserError(
             f"there is no folder {path} here, and no such model came from the Hugging Face hub: "
             f"{said}"
         ) from error
-    return Path(found)
 
 
 def push_folder(

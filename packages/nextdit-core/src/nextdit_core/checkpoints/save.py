@@ -17,7 +17,7 @@ from nextdit_core.checkpoints.own_config import own_config_values
 from nextdit_core.checkpoints.shards import parse_size, save_shards
 from nextdit_core.config import SIZES, NextDiTConfig
 from nextdit_core.errors import unknown_name
-from nextdit_core.folder import new_folder, write_json, write_text
+from nextdit_core.folder import check_free, new_folder, write_json, write_text
 
 __all__ = ["MAX_SHARD_SIZE", "LayoutName", "save_backbone", "write_backbone"]
 
@@ -38,12 +38,9 @@ def save_backbone(
     patch_size: int = 2,
 ) -> None:
     """Write a folder; see `NextDiT.save_pretrained`."""
-    if layout not in get_args(LayoutName):
-        raise unknown_name("layout", layout, get_args(LayoutName))
+    check_savable(config, Path(path), layout, max_shard_size, patch_size)
     most = parse_size(max_shard_size)
     variant = Variant(patch_size)
-    if layout != "nextdit":
-        authors.check_expressible(config, patch_size)
     with new_folder(Path(path)) as folder:
         if layout == "nextdit":
             write_backbone(folder, weights, config, max_shard_size=most)
@@ -60,6 +57,32 @@ def save_backbone(
             args = _model_args(config)
             if args is not None:
                 write_model_args(folder / "model_args.pth", args)
+
+
+def layout_name(name: str) -> LayoutName:
+    """Check the name of a layout.
+
+    Raises:
+        UserError: There is no such layout.
+    """
+    for known in get_args(LayoutName):
+        if name == known:
+            return known
+    raise unknown_name("layout", name, get_args(LayoutName))
+
+
+def check_savable(
+    config: NextDiTConfig, path: Path, layout: str, max_shard_size: int | str, patch_size: int
+) -> None:
+    """Find out what would stop a save, before weights are read or written.
+
+    Raises:
+        UserError: The place is taken, or the layout does not exist or cannot hold the backbone.
+    """
+    parse_size(max_shard_size)
+    if layout_name(layout) != "nextdit":
+        authors.check_expressible(config, patch_size)
+    check_free(path)
 
 
 def write_backbone(

@@ -6,6 +6,7 @@ go when the views do. Only tensors are ever taken from a file; no pickle runs.
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,9 +42,14 @@ class Stored:
     dtype: torch.dtype
 
     @property
+    def numbers(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    @property
     def bytes(self) -> int:
         """Room that it takes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.numbers * self.dtype.itemsize
 
 
 class TensorFile(Protocol):
