@@ -187,10 +187,10 @@ def large_and_small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple
     ("layout", "dtype"),
     [
         ("nextdit", "float32"),
-        ("nextdit", "bfloat16"),
-        ("diffusers", "float32"),
-        ("authors", "float32"),
         ("pth", "float32"),
+        pytest.param("nextdit", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("diffusers", "float32", marks=pytest.mark.slow),
+        pytest.param("authors", "float32", marks=pytest.mark.slow),
     ],
 )
 def test_loading_takes_little_more_memory_than_the_weights(

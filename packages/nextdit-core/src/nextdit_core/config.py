@@ -43,6 +43,9 @@ class NextDiTConfig:
         norm_eps: Epsilon of RMSNorm and of the QK-norm.
         qk_norm: LayerNorm over the whole q and k projections before the split in heads.
         rope_base: Base of the rotary frequencies.
+        classes: Number of classes of a class-conditional backbone, or None; one label more
+            stands for no class.
+        final_shift: The final layer shifts, besides scaling (Next-DiT-ImageNet).
 
     Raises:
         UserError: A size does not fit the others.
@@ -65,11 +68,13 @@ class NextDiTConfig:
     norm_eps: float = 1e-5
     qk_norm: bool = True
     rope_base: float = 10000.0
+    classes: int | None = None
+    final_shift: bool = False
 
     def __post_init__(self) -> None:
         """Check the sizes against one another."""
-        sizes = ("token_dim", "width", "layers", "heads", "multiple_of", "kv_heads", "text_dim")
-        for name in sizes:
+        sizes = ("token_dim", "width", "layers", "heads", "multiple_of")
+        for name in (*sizes, "kv_heads", "text_dim", "classes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"model.{name} is {value}; expected at least 1")

@@ -31,6 +31,9 @@ __all__ = ["Variant", "check_expressible", "infer_config", "layer_count", "readi
 INPUT = "x_embedder.weight"
 OUTPUT = ("final_layer.linear.weight", "final_layer.linear.bias")
 PAD = "pad_token"
+TABLE = "y_embedder.embedding_table.weight"
+#: Every release has 32 heads; the weights of those without text do not tell.
+RELEASED_WIDTHS = (1536, 2304, 3072, 4096)
 
 
 @dataclass(frozen=True)
@@ -102,21 +105,32 @@ def check_expressible(config: NextDiTConfig, patch_size: int) -> None:
     """
     reasons: list[tuple[bool, str]] = [
         (config.text_dim is None, "it has no text, which theirs always has"),
+        (config.classes is not None, "it has classes, which theirs has not beside text"),
+        (config.final_shift, "its final layer shifts, theirs does not"),
         (config.axes != 2, f"its positions have {config.axes} axes, theirs rows and columns"),
         (config.rope_base != 10000.0, f"its rope_base is {config.rope_base}, theirs 10000"),
         (
             config.qk_norm and config.norm_eps != 1e-5,
             f"its norm_eps is {config.norm_eps}, and their QK-norm always has 1e-05",
         ),
-        (
-            patch_size < 1 or bool(config.token_dim % patch_size**2),
-            f"its tokens of {config.token_dim} numbers are no {patch_size}x{patch_size} patches; "
-            f"give patch_size",
-        ),
     ]
     for wrong, why in reasons:
         if wrong:
             raise UserError(f"this backbone has no form in Lumina-Next's layouts: {why}")
+    check_patches(config, patch_size)
+
+
+def check_patches(config: NextDiTConfig, patch_size: int) -> None:
+    """Refuse tokens that are no square patches of this side.
+
+    Raises:
+        UserError: They are not.
+    """
+    if patch_size < 1 or config.token_dim % patch_size**2:
+        raise UserError(
+            f"tokens of {config.token_dim} numbers are no {patch_size}x{patch_size} patches; give "
+            f"patch_size"
+        )
 
 
 def layer_count(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -133,7 +147,7 @@ def infer_config(
 
     Args:
         shapes: By name.
-        heads: Query heads where no gate tells them.
+        heads: Query heads, where no gate tells them and the width is of no release.
         lacks: Makes the error for a tensor that is missing.
 
     Returns:
@@ -153,8 +167,12 @@ def infer_config(
     width, token_dim = size(INPUT, 0), size(INPUT, 1)
     text = f"{first}.gate" in shapes
     heads = size(f"{first}.gate", 0) if text else heads
+    if heads is None and width in RELEASED_WIDTHS:
+        heads = 32
     if heads is None:
-        raise UserError("no tensor tells the number of heads; give a folder with model_args.pth")
+        raise UserError(
+            f"no tensor tells the number of heads, and width {width} is of no release; give heads"
+        )
     if width % heads:
         raise UserError(f"width {width} is not a multiple of {heads} heads; it is damaged")
     keys = size(f"{first}.wk.weight", 0)
@@ -169,6 +187,8 @@ def infer_config(
         kv_heads=None if kv_heads == heads else kv_heads,
         text_dim=size(f"{first}.wk_y.weight", 1) if text else None,
         qk_norm=f"{first}.q_norm.weight" in shapes,
+        classes=size(TABLE, 0) - 1 if TABLE in shapes else None,
+        final_shift=size("final_layer.adaLN_modulation.1.weight", 0) == 2 * width,
     )
     return _with_ffn(config, size("layers.0.feed_forward.w1.weight", 0))
 

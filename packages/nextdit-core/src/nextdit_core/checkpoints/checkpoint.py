@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nextdit_core.checkpoints import authors, diffusers
+from nextdit_core.checkpoints import authors, class_conditional, diffusers
 from nextdit_core.checkpoints.authors import Variant
 from nextdit_core.checkpoints.fit import check_fit, check_sizes
 from nextdit_core.checkpoints.mapping import Derived, converted_shapes, own_tensors, same
@@ -55,7 +55,11 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    path: str | Path, *, ema: bool = False, patch_size: int | None = None
+    path: str | Path,
+    *,
+    ema: bool = False,
+    patch_size: int | None = None,
+    heads: int | None = None,
 ) -> Checkpoint:
     """Find the backbone that a path stands for, recognise its layout, and check its tensors.
 
@@ -64,6 +68,7 @@ def open_checkpoint(
             authors' folder, or a single weight file.
         ema: Take the authors' averaged weights.
         patch_size: Side of a patch, where the checkpoint is the authors' and it is not 2.
+        heads: Query heads, where the checkpoint is class-conditional and of no released width.
 
     Returns:
         The checkpoint; of the weights only the list of names and shapes was read.
@@ -89,8 +94,11 @@ def open_checkpoint(
     refuse_foreign(place, layout, weights.shapes)
     values = _config_values(folder)
     args = folder / "model_args.pth"
-    said = read_model_args(args) if layout is Layout.AUTHORS and args.is_file() else {}
-    config, variant, plan, expected = _plan(place, layout, weights.shapes, values, said, patch_size)
+    theirs = layout in (Layout.AUTHORS, Layout.CLASS_CONDITIONAL)
+    said = read_model_args(args) if theirs and args.is_file() else {}
+    config, variant, plan, expected = _plan(
+        place, layout, weights.shapes, values, said, patch_size, heads
+    )
     check_fit(place, layout.value, weights.shapes, expected)
     left_out = variant.left_out(config) if variant else ()
     patch = variant.patch_size if variant else 2
@@ -189,6 +197,7 @@ def _plan(
     values: Mapping[str, Any] | None,
     said: Mapping[str, Any],
     patch_size: int | None,
+    heads: int | None,
 ) -> tuple[NextDiTConfig, Variant | None, dict[str, Derived], dict[str, tuple[int, ...]]]:
     """Find the sizes, what theirs adds to them, what ours is made of, and what has to be there."""
 
@@ -220,11 +229,15 @@ def _plan(
         reading, writing = diffusers.reading, diffusers.writing
     else:
         named = shapes
-        config = authors.infer_config(named, lacks=lacks)
+        config = authors.infer_config(named, heads, lacks=lacks)
         patch = patch_size or _patch_size(said)
         variant = Variant.of(named, patch)
         reading, writing = authors.reading, authors.writing
-    authors.check_expressible(config, patch)
+    if layout is Layout.CLASS_CONDITIONAL:
+        reading, writing = class_conditional.reading, class_conditional.writing
+        authors.check_patches(config, patch)
+    else:
+        authors.check_expressible(config, patch)
     check_sizes(place, config, named, authors.layer_count(named))
     expected = converted_shapes(config, writing(config, variant))
     return config, variant, reading(config, variant), expected

@@ -27,9 +27,10 @@ def load_backbone(
     device: torch.device | str = "cpu",
     ema: bool = False,
     patch_size: int | None = None,
+    heads: int | None = None,
 ) -> NextDiT:
     """Load a backbone from disk, in any layout; see `NextDiT.from_pretrained`."""
-    checkpoint = open_checkpoint(path, ema=ema, patch_size=patch_size)
+    checkpoint = open_checkpoint(path, ema=ema, patch_size=patch_size, heads=heads)
     return read_backbone(checkpoint, dtype=dtype, device=device)
 
 

@@ -25,6 +25,7 @@ class Pretrained:
         device: torch.device | str = "cpu",
         ema: bool = False,
         patch_size: int | None = None,
+        heads: int | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -34,9 +35,9 @@ class Pretrained:
         """Load a backbone from disk or from the Hugging Face hub, in any layout.
 
         The layout is recognised by the names of the tensors: ours, that of Lumina-Next's authors
-        (`consolidated*` files, of several model-parallel ranks too), or diffusers'
-        `LuminaNextDiT2DModel`. No pickle is executed. One tensor after the other is read, so that
-        the memory in use is that of the weights.
+        (`consolidated*` files, of several model-parallel ranks too) or of their class-conditional
+        Next-DiT, or diffusers' `LuminaNextDiT2DModel`. No pickle is executed. One tensor after the
+        other is read, so that the memory in use is that of the weights.
 
         Args:
             path: What `save_pretrained` wrote, a saved model, a run (its newest checkpoint), a
@@ -46,6 +47,7 @@ class Pretrained:
             device: Where they go.
             ema: Take the authors' averaged weights (`consolidated_ema.*`).
             patch_size: Side of a patch, where the checkpoint is the authors' and it is not 2.
+            heads: Query heads, where the checkpoint is class-conditional and of no released width.
             revision: Branch, tag or commit on the hub.
             token: Access token of the hub; True takes the stored one.
             cache_dir: Where downloads are kept.
@@ -76,7 +78,9 @@ class Pretrained:
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        return load_backbone(place, dtype=dtype, device=device, ema=ema, patch_size=patch_size)
+        return load_backbone(
+            place, dtype=dtype, device=device, ema=ema, patch_size=patch_size, heads=heads
+        )
 
     def save_pretrained(
         self,

@@ -75,7 +75,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
     six = modulation == tuple(6 * size for size in width) and modulation > (0,)
     if any_of("eol_token") or six:
         return Layout.FLAG_DIT
-    if any_of("y_embedder.", "layers.N.attention_norm.", "layers.N.ffn_norm."):
+    if any_of("layers.N.attention_norm.", "layers.N.ffn_norm."):
         return Layout.CLASS_CONDITIONAL
     rows = shapes.get("final_layer.linear.weight", (0,))[:1]
     columns = shapes.get("x_embedder.weight", (0,))[-1:]
