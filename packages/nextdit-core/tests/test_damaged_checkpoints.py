@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nextdit_core import NextDiT, NextDiTConfig, UserError
+from nextdit_core import NextDiT, NextDiTConfig, Pipeline, Recipe, UserError, train
 from nextdit_core.checkpoints.model_args import read_model_args
 
 COUNT = int(os.environ.get("NEXTDIT_FUZZ", "120"))
@@ -140,6 +140,57 @@ def test_damaged_files_are_refused_or_load(
     assert all("\n" not in line for line in said)
     assert len(said) + loaded == COUNT
     assert len(said) > COUNT // 4
+
+
+def test_damaged_saved_models_are_refused_or_load(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    checkpoint = train(recipe(steps=1))
+    shutil.rmtree(checkpoint / "training")
+    (checkpoint / "complete.json").write_text(json.dumps({"files": {}}))
+    draw = random.Random(f"saved model {SEED}")
+    loaded = 0
+    said: list[str] = []
+    for number in range(COUNT):
+        place = tmp_path / str(number)
+        shutil.copytree(checkpoint, place)
+        files = ["nextdit.json", "complete.json", "backbone/config.json"]
+        file = place / draw.choice([*files, "text_encoder/model.safetensors"])
+        data = bytearray(file.read_bytes())
+        if file.suffix == ".json" and draw.random() < 0.5:
+            data[:] = _other_json(json.loads(data), draw)
+        else:
+            draw.choice(DAMAGES)(data, draw)
+        file.write_bytes(data)
+        try:
+            Pipeline.from_pretrained(place, device="cpu")
+        except UserError as error:
+            said.append(str(error))
+        except BaseException as error:
+            raise AssertionError(f"{file.name}, number {number}: {bytes(data)!r}") from error
+        else:
+            loaded += 1
+        shutil.rmtree(place)
+    print(f"\nsaved model: {COUNT} damaged, {len(said)} refused, {loaded} loaded, none crashed")
+    assert len(said) + loaded == COUNT
+    assert len(said) > COUNT // 4
+
+
+def _other_json(value: Any, draw: random.Random) -> bytes:
+    """Put another kind of value in a place of a JSON document, or take one away."""
+    inner = value
+    while isinstance(inner, dict) and inner and draw.random() < 0.8:
+        key = draw.choice(list(inner))
+        if isinstance(inner[key], dict) and draw.random() < 0.5:
+            inner = inner[key]
+        elif draw.random() < 0.3:
+            del inner[key]
+        else:
+            inner[key] = draw.choice([None, 7, -1, 1.5, True, "x", [], ["x"], {}, {"x": 1}])
+            return json.dumps(value).encode()
+    if inner is value and draw.random() < 0.3:
+        return json.dumps(draw.choice([None, 7, "x", [], [1], {}])).encode()
+    return json.dumps(value).encode()
 
 
 class _Payload:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from nextdit_core.checkpoints import authors, diffusers
 from nextdit_core.checkpoints.authors import Variant
 from nextdit_core.checkpoints.checkpoint import open_checkpoint
 from nextdit_core.checkpoints.mapping import convert
+from nextdit_core.checkpoints.model_args import read_model_args, write_model_args
 from nextdit_core.checkpoints.recognise import Layout, recognise
+from nextdit_core.checkpoints.save import model_args_of
 
 OnLatents = Callable[..., Tensor]
 Lumina = Callable[..., Any]
@@ -236,6 +239,20 @@ def test_an_authors_folder_holds_raw_and_averaged_weights(
     assert torch.equal(averaged.x_embedder.bias, backbone.x_embedder.bias * 0.5)
     with pytest.raises(UserError, match="no file of averaged weights"):
         NextDiT.from_pretrained(tmp_path / "out", ema=True)
+
+
+@pytest.mark.parametrize(("size", "said"), [("2b-gqa", "NextDiT_2B_GQA_patch2"), ("3b", None)])
+def test_the_authors_scripts_are_told_their_constructor(
+    size: str, said: str | None, tmp_path: Path
+) -> None:
+    args = model_args_of(NextDiTConfig.named(size, token_dim=16, text_dim=2048))
+    assert (args and args["model"]) == said
+    if args is not None:
+        write_model_args(tmp_path / "model_args.pth", args)
+        theirs = torch.load(tmp_path / "model_args.pth", weights_only=False)
+        assert isinstance(theirs, argparse.Namespace)
+        assert (theirs.model, theirs.qk_norm) == (said, True)
+        assert read_model_args(tmp_path / "model_args.pth") == args
 
 
 def _cut(tensors: dict[str, Tensor], ranks: int) -> list[dict[str, Tensor]]:

@@ -25,6 +25,7 @@ __all__ = [
     "new_file",
     "new_folder",
     "read_json",
+    "read_object",
     "write_json",
     "write_text",
 ]
@@ -72,6 +73,18 @@ def check_free(path: Path) -> None:
     """
     if path.exists():
         raise UserError(f"{path} exists already; choose another place or remove it")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        UserError: It cannot be read, is not JSON, or holds something else.
+    """
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object; it was changed or is damaged")
+    return values
 
 
 @contextmanager
@@ -166,7 +179,10 @@ def check_complete(path: Path) -> None:
             f"{path} is incomplete: it has no {MARKER}, which is written last; use another "
             f"checkpoint or copy the folder again"
         )
-    for name, size in read_json(marker)["files"].items():
+    sizes = read_object(marker).get("files")
+    if not isinstance(sizes, dict):
+        raise UserError(f"{marker} lists no files; it was changed or is damaged")
+    for name, size in sizes.items():
         file = path / name
         if not file.is_file():
             raise UserError(f"{path} is truncated: {name} is missing; copy the folder again")

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from nextdit_core.errors import UserError
-from nextdit_core.folder import check_complete, read_json
+from nextdit_core.folder import check_complete, read_object
 
 __all__ = [
     "CARD",
@@ -60,7 +60,7 @@ def check_format(path: Path) -> None:
     Raises:
         UserError: The version is not the one that this package reads.
     """
-    found = read_json(path / CARD).get("format_version")
+    found = read_object(path / CARD).get("format_version")
     if found != FORMAT_VERSION:
         raise UserError(
             f"{path} has format version {found!r}; nextdit-core {version('nextdit-core')} reads "

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,10 +25,12 @@ from nextdit_core.checkpoints.shards import load_part, save_weights
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.errors import UserError
 from nextdit_core.flow_model import FlowModel
-from nextdit_core.folder import read_json, write_json, write_text
+from nextdit_core.folder import read_object, write_json, write_text
 from nextdit_core.modality import Modality, load_modality
 from nextdit_core.model_folder import CARD, FORMAT_VERSION, find_model
 from nextdit_core.text_encoders import load_text_encoder
+
+Kind = TypeVar("Kind")
 
 __all__ = ["ModelCard", "load_model", "read_card", "write_model"]
 
@@ -116,19 +118,29 @@ def read_card(folder: Path) -> ModelCard:
     Raises:
         UserError: It is missing, not JSON, or lacks something.
     """
-    values = read_json(folder / CARD)
-    try:
-        return ModelCard(
-            modality=values["modality"]["name"],
-            modality_options=values["modality"]["options"],
-            text_encoder=values["text_encoder"]["name"],
-            text_encoder_options=values["text_encoder"]["options"],
-            sampling=values["sampling"],
-            step=values["step"],
-            example_prompts=values["example_prompts"],
+    values = read_object(folder / CARD)
+    modality = _entry(folder, values, "modality", dict)
+    encoder = _entry(folder, values, "text_encoder", dict)
+    prompts = _entry(folder, values, "example_prompts", list)
+    return ModelCard(
+        modality=_entry(folder, modality, "name", str),
+        modality_options=_entry(folder, modality, "options", dict),
+        text_encoder=_entry(folder, encoder, "name", str),
+        text_encoder_options=_entry(folder, encoder, "options", dict),
+        sampling=_entry(folder, values, "sampling", dict),
+        step=_entry(folder, values, "step", int),
+        example_prompts=[str(prompt) for prompt in prompts],
+    )
+
+
+def _entry(folder: Path, values: Mapping[str, Any], key: str, kind: type[Kind]) -> Kind:
+    found = values.get(key)
+    if not isinstance(found, kind):
+        raise UserError(
+            f"{folder / CARD} lacks {key!r}, or it is no {kind.__name__}; it was changed or is "
+            f"damaged"
         )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / CARD} lacks {error}; it was changed or is damaged") from error
+    return found
 
 
 def load_model(
@@ -152,10 +164,10 @@ def load_model(
     card = read_card(folder)
     modality = load_modality(card.modality, card.modality_options)
     backbone = load_backbone(folder / "backbone", dtype=dtype, device=device)
-    with torch.device("meta"):
-        encoder = load_text_encoder(card.text_encoder, card.text_encoder_options)
     weights = load_part(folder / "text_encoder", device)
     try:
+        with torch.device("meta"):
+            encoder = load_text_encoder(card.text_encoder, card.text_encoder_options)
         encoder.load_state_dict(
             {
                 name: tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -164,6 +176,7 @@ def load_model(
             assign=True,
         )
     except RuntimeError as error:
-        raise UserError(f"the weights in {folder} do not fit its sizes: {error}") from error
+        said = " ".join(str(error).split())
+        raise UserError(f"the weights in {folder} do not fit its sizes: {said}") from error
     model = FlowModel(backbone, encoder)
     return model.eval().requires_grad_(False), modality, card

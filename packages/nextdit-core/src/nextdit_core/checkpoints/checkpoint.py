@@ -20,7 +20,7 @@ from nextdit_core.checkpoints.shards import find_shards
 from nextdit_core.checkpoints.tensor_files import Weights, open_file
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.errors import UserError
-from nextdit_core.folder import MARKER, check_complete, read_json
+from nextdit_core.folder import MARKER, check_complete, read_object
 from nextdit_core.model_folder import CARD, CHECKPOINTS, find_model
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -182,12 +182,7 @@ def _open(files: Sequence[Path], *, merge: bool) -> Weights:
 
 def _config_values(folder: Path) -> Mapping[str, Any] | None:
     file = folder / "config.json"
-    if not file.is_file():
-        return None
-    values = read_json(file)
-    if not isinstance(values, dict):
-        raise UserError(f"{file} is not a JSON object; it was changed or is damaged")
-    return values
+    return read_object(file) if file.is_file() else None
 
 
 def _plan(

@@ -54,7 +54,7 @@ def save_backbone(
             total = sum(tensor.nbytes for tensor in weights.values())
             plan = authors.writing(config, variant)
             save_shards(folder, "consolidated.00-of-01", weights, plan, 2 * total)
-            args = _model_args(config)
+            args = model_args_of(config)
             if args is not None:
                 write_model_args(folder / "model_args.pth", args)
 
@@ -98,7 +98,7 @@ def write_backbone(
     write_json(folder / "config.json", own_config_values(config))
 
 
-def _model_args(config: NextDiTConfig) -> dict[str, Any] | None:
+def model_args_of(config: NextDiTConfig) -> dict[str, Any] | None:
     """Give what the weights say of the authors' arguments, where a constructor of theirs fits."""
     for size, constructor in CONSTRUCTORS.items():
         named = NextDiTConfig.named(

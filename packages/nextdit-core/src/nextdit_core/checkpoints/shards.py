@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nextdit_core.checkpoints.mapping import Derived, convert
 from nextdit_core.errors import UserError
-from nextdit_core.folder import read_json, write_json
+from nextdit_core.folder import read_object, write_json
 
 __all__ = ["find_shards", "load_part", "load_weights", "parse_size", "save_shards", "save_weights"]
 
@@ -118,8 +118,7 @@ def find_shards(folder: Path, stem: str) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    values = read_json(index)
-    homes = values.get("weight_map") if isinstance(values, dict) else None
+    homes = read_object(index).get("weight_map")
     if not isinstance(homes, dict) or not homes:
         raise UserError(f"{index} has no weight_map; it is damaged: copy it again")
     files = set()
