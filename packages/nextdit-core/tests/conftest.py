@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from nextdit_core import Recipe, registry
+import rope3d
+from nextdit_core import Conditioning, NextDiT, Recipe, Tokens, registry
 
 MODULE = '''
 """Dots on a line, in samples of several lengths."""
@@ -140,3 +142,55 @@ def golden() -> Path:
 def random() -> torch.Generator:
     """Seed the random numbers of a test."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def on_latents() -> Callable[..., Tensor]:
+    """Run a backbone on latents `[batch, channels, height, width]`, as the peers' models run."""
+
+    def run(model: NextDiT, case: dict[str, Tensor], *, patch: int = 2, **options: Any) -> Tensor:
+        x = case["x"]
+        batch, channels, height, width = x.shape
+        rows, columns = height // patch, width // patch
+        patches = x.unflatten(2, (rows, patch)).unflatten(4, (columns, patch))
+        values = patches.permute(0, 2, 4, 3, 5, 1).reshape(-1, patch**2 * channels)
+        positions = rope3d.grid(frames=1, height=rows, width=columns).repeat(batch, 1)
+        tokens = Tokens(values, positions, (rows * columns,) * batch)
+        condition = Conditioning(case["cap_feats"], case["cap_mask"].sum(1))
+        with torch.no_grad():
+            out = model(tokens, case["t"], condition, **options)
+        out = out.view(batch, rows, columns, patch, patch, channels)
+        return out.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+
+    return run
+
+
+@pytest.fixture
+def lumina(random: torch.Generator) -> Callable[..., Any]:
+    """Make diffusers' models with random weights, none of them zero."""
+    from diffusers import LuminaNextDiT2DModel
+
+    def make(**changes: Any) -> Any:
+        sizes = {
+            "sample_size": 8,
+            "hidden_size": 48,
+            "num_layers": 2,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "multiple_of": 32,
+            "cross_attention_dim": 24,
+        }
+        model = LuminaNextDiT2DModel(**(sizes | changes)).eval()
+        tensors = model.state_dict()
+        for name, tensor in tensors.items():
+            if ".attn2.to_q" in name or ".attn2.norm_q" in name:
+                tensor.copy_(tensors[name.replace("attn2", "attn1")])
+            else:
+                noise = torch.randn(tensor.shape, generator=random)
+                flat = tensor.ndim < 2
+                tensor.copy_(noise * 0.3 if flat else noise * tensor.shape[1] ** -0.5)
+                if "norm" in name and flat and name.endswith("weight"):
+                    tensor.add_(1.0)
+        return model
+
+    return make

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import rope3d
 from nextdit_core.block_operations import gate_residual, norm_modulate, norm_rotate, swiglu
+from nextdit_core.checkpoints.pretrained import Pretrained
 from nextdit_core.conditioning import Conditioning
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.context_drop import Pooling
@@ -249,8 +250,20 @@ class Block(nn.Module):
         return gate_residual(x, hidden, self.ffn_norm2.weight, gate_f, eps=self.eps)
 
 
+class ClassEmbedder(nn.Module):
+    """One vector per class, and one for no class."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """Look up `[batch]` labels as `[batch, width]`."""
+        return self.embedding_table(labels)
+
+
 class FinalLayer(nn.Module):
-    """Norm, scale by the modulation vector, and project to one token's velocity.
+    """Norm, scale (and shift) by the modulation vector, and project to one token's velocity.
 
     Args:
         config: Of the trunk.
@@ -260,8 +273,9 @@ class FinalLayer(nn.Module):
     def __init__(self, config: NextDiTConfig, token_dim: int | None = None) -> None:
         super().__init__()
         self.linear = nn.Linear(config.width, config.token_dim if token_dim is None else token_dim)
+        self.shift = config.final_shift
         self.adaLN_modulation = nn.Sequential(
-            nn.SiLU(), nn.Linear(config.modulation_dim, config.width)
+            nn.SiLU(), nn.Linear(config.modulation_dim, (1 + self.shift) * config.width)
         )
 
     def forward(self, hidden: Tensor, modulation: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -278,7 +292,12 @@ class FinalLayer(nn.Module):
         equal = len(set(lengths)) == 1
         x = hidden.view(len(lengths), lengths[0], -1) if equal else hidden[None]
         scale = _per_token(self.adaLN_modulation(modulation), None if equal else lengths)
-        return self.linear(norm_modulate(x, None, scale, eps=1e-6, centred=True)).flatten(0, 1)
+        if self.shift:
+            shift, scale = scale.chunk(2, dim=-1)
+            x = norm_modulate(x, None, scale, eps=1e-6, centred=True) + shift
+        else:
+            x = norm_modulate(x, None, scale, eps=1e-6, centred=True)
+        return self.linear(x).flatten(0, 1)
 
 
 def _per_token(vector: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
@@ -289,7 +308,7 @@ def _per_token(vector: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
     return vector.repeat_interleave(repeats, dim=0, output_size=sum(lengths))[None]
 
 
-class NextDiT(nn.Module):
+class NextDiT(Pretrained, nn.Module):
     """The Next-DiT backbone.
 
     Args:
@@ -314,6 +333,8 @@ class NextDiT(nn.Module):
             self.cap_embedder = nn.Sequential(
                 nn.LayerNorm(config.text_dim), nn.Linear(config.text_dim, config.modulation_dim)
             )
+        if config.classes is not None:
+            self.y_embedder = ClassEmbedder(config.classes, config.modulation_dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_layer = FinalLayer(config)
         self.reset_parameters()
@@ -327,7 +348,8 @@ class NextDiT(nn.Module):
         """Draw the initial weights.
 
         Attention, feed-forward and patch weights are Xavier-uniform; the timestep MLP is
-        N(0, 0.02); modulation, caption projection, gates and the output start at zero.
+        N(0, 0.02), as the class table is; modulation, caption projection, gates and the output
+        start at zero.
 
         Args:
             generator: Where the randomness comes from; the global one when None.
@@ -340,6 +362,9 @@ class NextDiT(nn.Module):
         for index in (0, 2):
             weight = _linear(self.t_embedder.mlp, index).weight
             nn.init.normal_(weight, std=0.02, generator=generator)
+        if self.config.classes is not None:
+            table = self.y_embedder.embedding_table.weight
+            nn.init.normal_(table, std=0.02, generator=generator)
         zeros = [self.final_layer.linear, _linear(self.final_layer.adaLN_modulation, 1)]
         for block in self.blocks:
             zeros.append(_linear(block.adaLN_modulation, 1))
@@ -371,6 +396,11 @@ class NextDiT(nn.Module):
                     f"this backbone takes text of width {expected}; give it a Conditioning "
                     f"(the encoded empty prompt for no text)"
                 )
+            if self.config.classes is not None:
+                raise ValueError(
+                    f"this backbone takes one of {self.config.classes} classes; give it "
+                    f"prepare_classes(labels), where {self.config.classes} stands for none"
+                )
             return PreparedConditioning(None)
         if expected is None:
             return PreparedConditioning(condition.extra)
@@ -389,6 +419,29 @@ class NextDiT(nn.Module):
         ]
         keys, values = zip(*pairs, strict=True)
         return PreparedConditioning(vector, keys, values, condition.mask)
+
+    def prepare_classes(self, labels: Tensor) -> PreparedConditioning:
+        """Compute once what the classes of a batch contribute.
+
+        Args:
+            labels: `[batch]` int64, each in [0, classes]; `classes` stands for none.
+
+        Returns:
+            What `forward` accepts as `condition`.
+
+        Raises:
+            ValueError: The backbone takes no classes, or the labels are no vector.
+
+        Source: Next-DiT-ImageNet of Alpha-VLLM/Lumina-T2X, where the table is added to t.
+        """
+        if self.config.classes is None:
+            raise ValueError("this backbone takes no classes; its config has classes=None")
+        if labels.ndim != 1 or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; expected "
+                f"[batch] int64"
+            )
+        return PreparedConditioning(self.y_embedder(labels))
 
     def forward(
         self,

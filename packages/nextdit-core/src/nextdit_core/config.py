@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nextdit_core.errors import UserError, unknown_name
 
-__all__ = ["NextDiTConfig"]
+__all__ = ["SIZES", "NextDiTConfig"]
+
+#: Sizes by name. All but the first are those of the Lumina papers and releases.
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {"width": 96, "layers": 3, "heads": 4, "kv_heads": 2, "multiple_of": 32},
+    "86m": {"width": 768, "layers": 12, "heads": 12},  # ViT-B's, for recognition
+    "600m": {"width": 1536, "layers": 16, "heads": 32},
+    "2b": {"width": 2304, "layers": 24, "heads": 32},
+    "2b-gqa": {"width": 2304, "layers": 24, "heads": 32, "kv_heads": 8},  # Lumina-Next-T2I, -SFT
+    "3b": {"width": 3072, "layers": 32, "heads": 32},
+    "5b": {"width": 3072, "layers": 32, "heads": 32},  # as "3b"; "5B" with a 4096 wide text
+    "7b": {"width": 4096, "layers": 32, "heads": 32},
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,9 @@ class NextDiTConfig:
         norm_eps: Epsilon of RMSNorm and of the QK-norm.
         qk_norm: LayerNorm over the whole q and k projections before the split in heads.
         rope_base: Base of the rotary frequencies.
+        classes: Number of classes of a class-conditional backbone, or None; one label more
+            stands for no class.
+        final_shift: The final layer shifts, besides scaling (Next-DiT-ImageNet).
 
     Raises:
         UserError: A size does not fit the others.
@@ -52,11 +68,13 @@ class NextDiTConfig:
     norm_eps: float = 1e-5
     qk_norm: bool = True
     rope_base: float = 10000.0
+    classes: int | None = None
+    final_shift: bool = False
 
     def __post_init__(self) -> None:
         """Check the sizes against one another."""
-        sizes = ("token_dim", "width", "layers", "heads", "multiple_of", "kv_heads", "text_dim")
-        for name in sizes:
+        sizes = ("token_dim", "width", "layers", "heads", "multiple_of")
+        for name in (*sizes, "kv_heads", "text_dim", "classes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"model.{name} is {value}; expected at least 1")
@@ -78,6 +96,47 @@ class NextDiTConfig:
                 f"head_dim {self.head_dim} (model.width / model.heads) is not a multiple of "
                 f"{per_axis}, which rotary embedding over {self.axes} axes needs"
             )
+
+    @classmethod
+    def named(
+        cls,
+        size: str,
+        *,
+        token_dim: int,
+        text_dim: int | None = None,
+        axes: int = 2,
+        **changes: Any,
+    ) -> NextDiTConfig:
+        """Take the sizes that the papers and releases name.
+
+        Args:
+            size: "tiny" (for tests), "86m", "600m", "2b", "2b-gqa" (the released text-to-image
+                model), "3b", "5b" or "7b".
+            token_dim: Numbers in one token, on input and output.
+            text_dim: Width of the text features; None for a backbone without text.
+            axes: Position axes that the modality uses.
+            changes: Further fields, which win over those of the name.
+
+        Returns:
+            The config.
+
+        Raises:
+            UserError: No size has this name, or a size does not fit.
+
+        Convention: The names are the authors' and do not count parameters: "3b" has 4.0 and "7b"
+            7.0 thousand million in the class-conditional form, and "5b" is "3b" with the text of
+            a larger language model.
+
+        Source: Alpha-VLLM/Lumina-T2X, the constructors of Next-DiT-ImageNet, lumina_next_t2i and
+            lumina_t2i; "86m": arXiv 2406.18583, image recognition.
+
+        >>> NextDiTConfig.named("2b-gqa", token_dim=16, text_dim=2048).head_dim
+        72
+        """
+        if size not in SIZES:
+            raise unknown_name("backbone size", size, SIZES)
+        fields = {**SIZES[size], "token_dim": token_dim, "text_dim": text_dim, "axes": axes}
+        return cls.from_dict(fields | changes)
 
     @property
     def head_dim(self) -> int:
@@ -117,4 +176,20 @@ class NextDiTConfig:
         for key in values:
             if key not in names:
                 raise unknown_name("backbone config key", key, names)
+            if not _has_kind(cls.__annotations__[key], values[key]):
+                raise UserError(
+                    f"model.{key} is {values[key]!r}; expected {cls.__annotations__[key]}"
+                )
+        if "token_dim" not in values:
+            raise UserError("the backbone's sizes lack token_dim; they were changed or are damaged")
         return cls(**values)
+
+
+def _has_kind(annotation: str, value: object) -> bool:
+    """Tell whether a value from a file is of a field's type; a whole number is a float too."""
+    kinds = annotation.split(" | ")
+    if value is None or isinstance(value, bool):
+        return ("None" if value is None else "bool") in kinds
+    if isinstance(value, int):
+        return "int" in kinds or "float" in kinds
+    return isinstance(value, float) and "float" in kinds and math.isfinite(value)

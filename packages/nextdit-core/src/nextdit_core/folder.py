@@ -21,9 +21,11 @@ __all__ = [
     "MARKER",
     "cannot_write",
     "check_complete",
+    "check_free",
     "new_file",
     "new_folder",
     "read_json",
+    "read_object",
     "write_json",
     "write_text",
 ]
@@ -59,8 +61,30 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
+
+
+def check_free(path: Path) -> None:
+    """Refuse a place where something stands.
+
+    Raises:
+        UserError: The place is taken.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another place or remove it")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        UserError: It cannot be read, is not JSON, or holds something else.
+    """
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a JSON object; it was changed or is damaged")
+    return values
 
 
 @contextmanager
@@ -77,8 +101,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         UserError: The place is taken, not writable, or the disk is full. What was there
             before is untouched.
     """
-    if path.exists():
-        raise UserError(f"{path} exists already; choose another place or remove it")
+    check_free(path)
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -156,7 +179,10 @@ def check_complete(path: Path) -> None:
             f"{path} is incomplete: it has no {MARKER}, which is written last; use another "
             f"checkpoint or copy the folder again"
         )
-    for name, size in read_json(marker)["files"].items():
+    sizes = read_object(marker).get("files")
+    if not isinstance(sizes, dict):
+        raise UserError(f"{marker} lists no files; it was changed or is damaged")
+    for name, size in sizes.items():
         file = path / name
         if not file.is_file():
             raise UserError(f"{path} is truncated: {name} is missing; copy the folder again")

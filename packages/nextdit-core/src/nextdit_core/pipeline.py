@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import flowsolvers
+from nextdit_core.checkpoints.hub import local_path
 from nextdit_core.conditioning import Conditioning
 from nextdit_core.context_drop import ContextDrop
 from nextdit_core.engines.local import pick_device
@@ -49,10 +50,12 @@ class Pipeline:
     def from_pretrained(
         cls, path: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.float32
     ) -> Self:
-        """Load a model folder or a run folder.
+        """Load a saved model: backbone, text encoder and modality.
 
         Args:
-            path: A saved model, or a run, whose newest complete checkpoint is taken.
+            path: A saved model, a run, whose newest complete checkpoint is taken, or OWNER/NAME
+                of a saved model on the Hugging Face hub. A backbone alone, the authors' and
+                diffusers' included, says nothing of its modality: `NextDiT.from_pretrained`.
             device: "auto" (CUDA, then MPS, then CPU) or a torch device.
             dtype: Of the weights; the ODE state is float32 whatever this is.
 
@@ -63,7 +66,8 @@ class Pipeline:
             UserError: The folder is not a complete model of this format, or needs a part
                 that is not installed.
         """
-        return cls(*load_model(path, pick_device(device), dtype))
+        place = local_path(path, pipeline=True)
+        return cls(*load_model(place, pick_device(device), dtype))
 
     @property
     def device(self) -> torch.device:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from nextdit_core.config import SIZES
 from nextdit_core.errors import UserError, unknown_name
 
 __all__ = ["OptimizerRecipe", "Recipe", "SamplingRecipe", "SizesRecipe"]
@@ -26,6 +27,8 @@ class SizesRecipe(_Section):
     """Sizes of the backbone.
 
     Args:
+        size: Name of a set of sizes, from which keys that are left out are taken; with it,
+            `multiple_of` is 256 unless it says otherwise.
         width: Hidden width.
         layers: Number of blocks.
         heads: Query heads.
@@ -37,6 +40,7 @@ class SizesRecipe(_Section):
         rope_base: Base of the rotary frequencies.
     """
 
+    size: Literal["tiny", "86m", "600m", "2b", "2b-gqa", "3b", "5b", "7b"] | None = None
     width: Count = 96
     layers: Count = 3
     heads: Count = 4
@@ -46,6 +50,18 @@ class SizesRecipe(_Section):
     norm_eps: Positive = 1e-5
     qk_norm: bool = True
     rope_base: Positive = 10000.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        """Take what a size says for the keys that are left out."""
+        if not isinstance(values, Mapping) or values.get("size") not in SIZES:
+            return values
+        return {"multiple_of": 256, **SIZES[values["size"]], **values}
+
+    def to_fields(self) -> dict[str, Any]:
+        """Give the fields of a `NextDiTConfig`."""
+        return self.model_dump(exclude={"size"})
 
 
 class OptimizerRecipe(_Section):

@@ -10,41 +10,29 @@ complete.json                   completeness marker, written last
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nextdit_core.backbone import NextDiT
+from nextdit_core.checkpoints.load import load_backbone
+from nextdit_core.checkpoints.save import write_backbone
+from nextdit_core.checkpoints.shards import load_part, save_weights
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.errors import UserError
 from nextdit_core.flow_model import FlowModel
-from nextdit_core.folder import check_complete, read_json, write_json, write_text
+from nextdit_core.folder import read_object, write_json, write_text
 from nextdit_core.modality import Modality, load_modality
+from nextdit_core.model_folder import CARD, FORMAT_VERSION, find_model
 from nextdit_core.text_encoders import load_text_encoder
 
-__all__ = [
-    "FORMAT_VERSION",
-    "ModelCard",
-    "find_model",
-    "load_model",
-    "load_weights",
-    "read_card",
-    "save_weights",
-    "write_model",
-]
+Kind = TypeVar("Kind")
 
-FORMAT_VERSION = 1
-CARD = "nextdit.json"
-CHECKPOINTS = "checkpoints"
+__all__ = ["ModelCard", "load_model", "read_card", "write_model"]
 
 
 @dataclass(frozen=True)
@@ -70,63 +58,6 @@ class ModelCard:
     example_prompts: list[str] = field(default_factory=list)
 
 
-def find_model(path: str | Path) -> Path:
-    """Find the model folder that a path stands for.
-
-    Args:
-        path: A model folder, or a run folder, whose newest complete checkpoint is taken.
-
-    Returns:
-        The model folder, checked to be complete and of this format version.
-
-    Raises:
-        UserError: There is none, or it is truncated or of another version.
-    """
-    path = Path(path)
-    if (path / CHECKPOINTS).is_dir():
-        newest = newest_checkpoint(path)
-        if newest is None:
-            raise UserError(
-                f"{path} holds no complete checkpoint yet; train it first: nextdit train "
-                f"{path / 'recipe.toml'}"
-            )
-        path = newest
-    if path.is_dir() and not (path / CARD).is_file():
-        raise UserError(
-            f"{path} holds no {CARD}, so it is not a saved nextdit model; give the folder of a "
-            f"run or of a model"
-        )
-    check_complete(path)
-    check_format(path)
-    return path
-
-
-def check_format(path: Path) -> None:
-    """Refuse a model folder of another format version.
-
-    Raises:
-        UserError: The version is not the one that this package reads.
-    """
-    found = read_json(path / CARD).get("format_version")
-    if found != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {found!r}; nextdit-core {version('nextdit-core')} reads "
-            f"version {FORMAT_VERSION}; use the nextdit-core that wrote it, or a newer one: "
-            f"pip install -U nextdit-core"
-        )
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """Find the newest complete checkpoint of a run folder; incomplete ones are passed over."""
-    for folder in sorted((run / CHECKPOINTS).glob("step_*"), reverse=True):
-        try:
-            check_complete(folder)
-        except UserError:
-            continue
-        return folder
-    return None
-
-
 def write_model(
     folder: Path, weights: Mapping[str, Tensor], config: NextDiTConfig, card: ModelCard
 ) -> None:
@@ -138,16 +69,12 @@ def write_model(
         config: The backbone's sizes.
         card: What goes into `nextdit.json`.
     """
-    for part in ("backbone", "text_encoder"):
-        own = {
-            name.removeprefix(f"{part}."): tensor
-            for name, tensor in weights.items()
-            if name.startswith(f"{part}.")
-        }
-        if own:
-            (folder / part).mkdir()
-            save_weights(folder / part / "model.safetensors", own)
-    write_json(folder / "backbone" / "config.json", config.to_dict())
+    (folder / "backbone").mkdir()
+    write_backbone(folder / "backbone", _of_part(weights, "backbone"), config)
+    encoder = _of_part(weights, "text_encoder")
+    if encoder:
+        (folder / "text_encoder").mkdir()
+        save_weights(folder / "text_encoder" / "model.safetensors", encoder)
     write_json(
         folder / CARD,
         {
@@ -176,25 +103,44 @@ def write_model(
     )
 
 
+def _of_part(weights: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    beginning = f"{part}."
+    return {
+        name.removeprefix(beginning): tensor
+        for name, tensor in weights.items()
+        if name.startswith(beginning)
+    }
+
+
 def read_card(folder: Path) -> ModelCard:
     """Read `nextdit.json` of a model folder.
 
     Raises:
         UserError: It is missing, not JSON, or lacks something.
     """
-    values = read_json(folder / CARD)
-    try:
-        return ModelCard(
-            modality=values["modality"]["name"],
-            modality_options=values["modality"]["options"],
-            text_encoder=values["text_encoder"]["name"],
-            text_encoder_options=values["text_encoder"]["options"],
-            sampling=values["sampling"],
-            step=values["step"],
-            example_prompts=values["example_prompts"],
+    values = read_object(folder / CARD)
+    modality = _entry(folder, values, "modality", dict)
+    encoder = _entry(folder, values, "text_encoder", dict)
+    prompts = _entry(folder, values, "example_prompts", list)
+    return ModelCard(
+        modality=_entry(folder, modality, "name", str),
+        modality_options=_entry(folder, modality, "options", dict),
+        text_encoder=_entry(folder, encoder, "name", str),
+        text_encoder_options=_entry(folder, encoder, "options", dict),
+        sampling=_entry(folder, values, "sampling", dict),
+        step=_entry(folder, values, "step", int),
+        example_prompts=[str(prompt) for prompt in prompts],
+    )
+
+
+def _entry(folder: Path, values: Mapping[str, Any], key: str, kind: type[Kind]) -> Kind:
+    found = values.get(key)
+    if not isinstance(found, kind):
+        raise UserError(
+            f"{folder / CARD} lacks {key!r}, or it is no {kind.__name__}; it was changed or is "
+            f"damaged"
         )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / CARD} lacks {error}; it was changed or is damaged") from error
+    return found
 
 
 def load_model(
@@ -217,47 +163,20 @@ def load_model(
     folder = find_model(path)
     card = read_card(folder)
     modality = load_modality(card.modality, card.modality_options)
-    config = NextDiTConfig.from_dict(read_json(folder / "backbone" / "config.json"))
-    with torch.device("meta"):
-        model = FlowModel(
-            NextDiT(config), load_text_encoder(card.text_encoder, card.text_encoder_options)
+    backbone = load_backbone(folder / "backbone", dtype=dtype, device=device)
+    weights = load_part(folder / "text_encoder", device)
+    try:
+        with torch.device("meta"):
+            encoder = load_text_encoder(card.text_encoder, card.text_encoder_options)
+        encoder.load_state_dict(
+            {
+                name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                for name, tensor in weights.items()
+            },
+            assign=True,
         )
-    weights: dict[str, Tensor] = {}
-    for part in ("backbone", "text_encoder"):
-        file = folder / part / "model.safetensors"
-        for name, tensor in load_weights(file, device).items():
-            weights[f"{part}.{name}"] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    try:
-        model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise UserError(f"the weights in {folder} do not fit its sizes: {error}") from error
+        said = " ".join(str(error).split())
+        raise UserError(f"the weights in {folder} do not fit its sizes: {said}") from error
+    model = FlowModel(backbone, encoder)
     return model.eval().requires_grad_(False), modality, card
-
-
-def save_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        OSError: It cannot be written; safetensors has an error of its own for that.
-    """
-    own = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    try:
-        save_file(own, file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        code = int(number.group(1))
-        raise OSError(code, os.strerror(code), str(file)) from error
-
-
-def load_weights(file: Path, device: torch.device) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        UserError: It is missing or damaged.
-    """
-    try:
-        return load_file(file, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read weights {file}: {error}") from error

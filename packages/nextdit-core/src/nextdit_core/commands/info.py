@@ -24,7 +24,10 @@ DISTRIBUTIONS = (
 @click.command()
 @click.argument("path", required=False, type=click.Path(path_type=Path))
 def info(path: Path | None) -> None:
-    """Describe this installation or, given PATH, a saved model or a run."""
+    """Describe this installation or, given PATH, a saved model, a run or a backbone.
+
+    A backbone may be ours, the authors' or diffusers'.
+    """
     for name, value in _model(path) if path is not None else _installation():
         click.echo(f"{name:<18}{value}")
 
@@ -54,9 +57,41 @@ def _installation() -> list[tuple[str, str]]:
 
 
 def _model(path: Path) -> list[tuple[str, str]]:
+    from nextdit_core.model_folder import CARD, CHECKPOINTS
+
+    if (path / CARD).is_file() or (path / CHECKPOINTS).is_dir():
+        return _saved_model(path)
+    return _backbone(path)
+
+
+def _backbone(path: Path) -> list[tuple[str, str]]:
+    """Describe a backbone of any layout; its weights are not read."""
+    from nextdit_core.checkpoints.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    stored = checkpoint.weights.stored.values()
+    count = sum(one.bytes for one in stored)
+    dtypes = sorted({str(one.dtype).removeprefix("torch.") for one in stored})
+    parameters = sum(one.numbers for one in stored)
+    rows = [
+        ("checkpoint", str(checkpoint.place)),
+        ("layout", checkpoint.layout.value),
+        (
+            "stored",
+            f"{parameters:,} parameters in {len(stored)} tensors, {', '.join(dtypes)}, "
+            f"{count / 2**20:,.0f} MiB",
+        ),
+        ("backbone", str(checkpoint.config)),
+    ]
+    rows += [("left out", line) for line in checkpoint.left_out]
+    return rows + [(f"args.{name}", str(value)) for name, value in checkpoint.model_args.items()]
+
+
+def _saved_model(path: Path) -> list[tuple[str, str]]:
     import torch
 
-    from nextdit_core.saved_model import find_model, load_model
+    from nextdit_core.model_folder import find_model
+    from nextdit_core.saved_model import load_model
 
     folder = find_model(path)
     model, modality, card = load_model(folder, torch.device("cpu"), torch.float32)

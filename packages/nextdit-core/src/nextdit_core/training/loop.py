@@ -16,15 +16,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nextdit_core.backbone import NextDiT
+from nextdit_core.checkpoints.shards import load_part
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.dataset import TokenDataset, load_dataset
 from nextdit_core.errors import UserError
 from nextdit_core.flow_model import FlowModel
 from nextdit_core.folder import new_folder
 from nextdit_core.modality import Modality, load_modality
+from nextdit_core.model_folder import check_format
 from nextdit_core.recipe import Recipe
 from nextdit_core.sampling_plan import check_sampling
-from nextdit_core.saved_model import ModelCard, check_format, load_weights, write_model
+from nextdit_core.saved_model import ModelCard, write_model
 from nextdit_core.text_encoders import load_text_encoder
 from nextdit_core.training.activations import checkpoint_blocks
 from nextdit_core.training.draws import draw, time_shift
@@ -91,7 +93,7 @@ def prepare(recipe: Recipe) -> Ingredients:
         token_dim=modality.token_dim,
         axes=modality.axes,
         text_dim=encoder.text_dim,
-        **recipe.model.model_dump(),
+        **recipe.model.to_fields(),
     )
     data = TokenDataset(load_dataset(recipe.dataset, recipe.dataset_options), modality)
     epoch_plan(data.lengths, recipe.batch_tokens, recipe.seed, 0)
@@ -291,8 +293,6 @@ def _resume(state: TrainState, run: RunFolder) -> None:
     average = {
         f"{part}.{name}": tensor
         for part in ("backbone", "text_encoder")
-        for name, tensor in load_weights(
-            newest / part / "model.safetensors", torch.device("cpu")
-        ).items()
+        for name, tensor in load_part(newest / part, torch.device("cpu")).items()
     }
     state.load(newest / "training", average)

@@ -22,8 +22,8 @@ import tomli_w
 
 from nextdit_core.errors import UserError
 from nextdit_core.folder import cannot_write, write_text
+from nextdit_core.model_folder import CHECKPOINTS, newest_checkpoint
 from nextdit_core.recipe import Recipe
-from nextdit_core.saved_model import CHECKPOINTS, newest_checkpoint
 
 __all__ = ["RunFolder", "step_of"]
 

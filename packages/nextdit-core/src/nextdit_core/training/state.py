@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nextdit_core.checkpoints.shards import load_weights, save_weights
 from nextdit_core.errors import UserError
 from nextdit_core.flow_model import FlowModel
 from nextdit_core.folder import read_json, write_json
 from nextdit_core.recipe import OptimizerRecipe
-from nextdit_core.saved_model import load_weights, save_weights
 
 __all__ = ["TrainState", "learning_rate"]
 

@@ -1,0 +1,1 @@
+"""Backbones on disk: ours, the authors' and diffusers' layout, recognised, read and written."""

@@ -1,0 +1,65 @@
+"""`nextdit convert`: a backbone from one layout to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+__all__ = ["convert"]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@click.command()
+@click.argument("source")
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    "--layout",
+    "layout",
+    type=click.Choice(["nextdit", "diffusers", "authors"]),
+    required=True,
+    help="Layout of DEST.",
+)
+@click.option("--dtype", type=click.Choice(DTYPES), help="Number format; as stored by default.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file.")
+@click.option("--ema", is_flag=True, help="Take the authors' averaged weights.")
+@click.option("--patch-size", type=int, help="Side of a patch, where it is not 2.")
+def convert(
+    source: str,
+    dest: Path,
+    layout: str,
+    dtype: str | None,
+    max_shard_size: str,
+    ema: bool,
+    patch_size: int | None,
+) -> None:
+    """Write the backbone of SOURCE to the new folder DEST.
+
+    SOURCE is a saved model, a run, a diffusers pipeline or transformer, an authors' folder, a
+    weight file, or OWNER/NAME on the Hugging Face hub; its layout is recognised.
+    """
+    import torch
+
+    from nextdit_core.checkpoints.checkpoint import open_checkpoint
+    from nextdit_core.checkpoints.hub import local_path
+    from nextdit_core.checkpoints.load import read_backbone
+    from nextdit_core.checkpoints.save import check_savable, layout_name
+
+    name = layout_name(layout)
+    checkpoint = open_checkpoint(local_path(source, ema=ema), ema=ema, patch_size=patch_size)
+    patch = patch_size or checkpoint.patch_size
+    check_savable(checkpoint.config, dest, name, max_shard_size, patch)
+    click.echo(f"read     {checkpoint.place}: {checkpoint.layout.value}")
+    model = read_backbone(checkpoint, dtype=None if dtype is None else getattr(torch, dtype))
+    model.save_pretrained(dest, layout=name, max_shard_size=max_shard_size, patch_size=patch)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    click.echo(f"written  {dest}: {count:,} parameters, layout {layout}")
+    if layout == "nextdit":
+        for line in checkpoint.left_out:
+            click.echo(f"left out {line}")
+    else:
+        click.echo(
+            "zeros    pad_token and the second half of the output; no result depends on them"
+        )

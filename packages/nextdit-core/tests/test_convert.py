@@ -1,0 +1,131 @@
+"""`nextdit convert` and `nextdit info` on checkpoints of every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nextdit_core import NextDiT, Pipeline, Recipe, UserError, train
+from nextdit_core.commands.convert import convert
+from nextdit_core.commands.info import info
+
+CASE = "fwd_masked_12x20"
+
+
+@pytest.fixture
+def run() -> Callable[..., Result]:
+    """Run a command to its end; an error of the user is raised."""
+
+    def invoke(command: object, *arguments: object) -> Result:
+        result = CliRunner().invoke(command, [str(one) for one in arguments])  # type: ignore[arg-type]
+        if isinstance(result.exception, UserError):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return result
+
+    return invoke
+
+
+def test_a_backbone_goes_through_all_layouts_unharmed(
+    golden: Path, on_latents: Callable[..., Tensor], run: Callable[..., Result], tmp_path: Path
+) -> None:
+    place = golden / "tiny_pipeline"
+    for layout in ("authors", "nextdit", "diffusers", "nextdit", "authors", "diffusers"):
+        dest = tmp_path / f"{len(list(tmp_path.iterdir()))}-{layout}"
+        said = run(convert, place, dest, "--to", layout).output
+        assert f"1,814,338 parameters, layout {layout}" in said
+        place = dest
+    case = load_file(golden / f"{CASE}.safetensors")
+    out = on_latents(NextDiT.from_pretrained(place), case)
+    assert (out - case["out_official"]).abs().max() <= 1e-5
+
+
+def test_convert_changes_the_number_format_and_cuts_shards(
+    golden: Path, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    options = ("--layout", "nextdit", "--dtype", "bfloat16", "--max-shard-size", "1MB")
+    run(convert, golden / "tiny_official.safetensors", tmp_path / "out", *options)
+    model = NextDiT.from_pretrained(tmp_path / "out")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) >= 4
+
+
+def test_convert_says_what_it_leaves_out(
+    golden: Path, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    said = run(convert, golden / "tiny_pipeline", tmp_path / "out", "--to", "nextdit").output
+    assert "Lumina-Next in diffusers' layout" in said
+    assert "left out pad_token (192 numbers)" in said
+    assert "second half of final_layer.linear (3,088 numbers)" in said
+
+
+def test_convert_refuses_before_it_reads(
+    golden: Path, run: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("nextdit_core.checkpoints.load.read_backbone", read)
+    source = golden / "tiny_pipeline"
+    for arguments, message in (
+        ((source, tmp_path, "--to", "authors"), "exists already"),
+        ((source, tmp_path / "x", "--to", "authors", "--max-shard-size", "2 cm"), "'2 cm' is not"),
+        ((source, tmp_path / "x", "--to", "authors", "--ema"), "no file of averaged weights"),
+        ((tmp_path / "none", tmp_path / "x", "--to", "authors"), "there is no file or folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(convert, *arguments)
+
+
+def test_info_describes_a_checkpoint_of_others(
+    golden: Path, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    said = run(info, golden / "tiny_pipeline").output
+    assert "1,929,362 parameters in 93 tensors, float32, 7 MiB" in said
+    assert "width=192" in said
+    model = NextDiT.from_pretrained(golden / "tiny_pipeline")
+    model.save_pretrained(tmp_path / "authors", layout="authors")
+    import argparse
+
+    args = argparse.Namespace(model="NextDiT_2B_GQA_patch2", image_size=1024)
+    torch.save(args, tmp_path / "authors" / "model_args.pth")
+    said = run(info, tmp_path / "authors").output
+    assert "Lumina-Next in the authors' layout" in said
+    assert "args.image_size   1024" in said
+
+
+def test_info_and_pipeline_take_saved_models(
+    recipe: Callable[..., Recipe], run: Callable[..., Result], golden: Path, tmp_path: Path
+) -> None:
+    checkpoint = train(recipe(steps=1))
+    assert "training steps    1" in run(info, checkpoint).output
+    assert "a Next-DiT backbone of nextdit-core" in run(info, checkpoint / "backbone").output
+    run(convert, checkpoint, tmp_path / "alone", "--to", "nextdit")
+    assert "a Next-DiT backbone of nextdit-core" in run(info, tmp_path / "alone").output
+    for place in (tmp_path / "alone", golden / "tiny_pipeline"):
+        with pytest.raises(UserError, match=r"loaded by NextDiT\.from_pretrained"):
+            Pipeline.from_pretrained(place)
+
+
+def test_a_pipeline_of_the_hub_is_found_by_its_id(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laid out as huggingface_hub's cache is after a download."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    checkpoint = train(recipe(steps=1))
+    expected = Pipeline.from_pretrained(checkpoint, device="cpu")("up", seed=1)
+    home = tmp_path / "cache" / "models--someone--dots"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("0" * 40)
+    (home / "snapshots").mkdir()
+    checkpoint.rename(home / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    pipe = Pipeline.from_pretrained("someone/dots", device="cpu")
+    assert torch.equal(pipe("up", seed=1)[0], expected[0])
