@@ -3,7 +3,7 @@
 nextdit.json                    format version, parts by entry-point name, sampling defaults
 backbone/config.json            sizes
 backbone/model.safetensors      weights
-text_encoder/model.safetensors  weights, where the text encoder was trained
+text_encoder/model.safetensors  weights, where the text encoder learns with the backbone
 README.md                       model card
 complete.json                   completeness marker, written last
 """
@@ -36,6 +36,7 @@ __all__ = [
     "ModelCard",
     "find_model",
     "load_model",
+    "load_parts",
     "load_weights",
     "read_card",
     "save_weights",
@@ -45,6 +46,7 @@ __all__ = [
 FORMAT_VERSION = 1
 CARD = "nextdit.json"
 CHECKPOINTS = "checkpoints"
+PARTS = ("backbone", "text_encoder")
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def write_model(
         config: The backbone's sizes.
         card: What goes into `nextdit.json`.
     """
-    for part in ("backbone", "text_encoder"):
+    for part in PARTS:
         own = {
             name.removeprefix(f"{part}."): tensor
             for name, tensor in weights.items()
@@ -222,16 +224,40 @@ def load_model(
         model = FlowModel(
             NextDiT(config), load_text_encoder(card.text_encoder, card.text_encoder_options)
         )
-    weights: dict[str, Tensor] = {}
-    for part in ("backbone", "text_encoder"):
-        file = folder / part / "model.safetensors"
-        for name, tensor in load_weights(file, device).items():
-            weights[f"{part}.{name}"] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    weights = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in load_parts(folder, model, device).items()
+    }
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise UserError(f"the weights in {folder} do not fit its sizes: {error}") from error
+    if model.text_encoder is not None:  # what it keeps to itself
+        model.text_encoder.to(device)
     return model.eval().requires_grad_(False), modality, card
+
+
+def load_parts(folder: Path, model: FlowModel, device: torch.device) -> dict[str, Tensor]:
+    """Read the weights of a model folder, by their names in the model.
+
+    Args:
+        folder: The folder.
+        model: Tells which parts have weights of their own.
+        device: Where they go.
+
+    Returns:
+        Weights by name.
+
+    Raises:
+        UserError: A file is missing or damaged.
+    """
+    owners = {name.partition(".")[0] for name in model.state_dict()}
+    return {
+        f"{part}.{name}": tensor
+        for part in PARTS
+        if part in owners
+        for name, tensor in load_weights(folder / part / "model.safetensors", device).items()
+    }
 
 
 def save_weights(file: Path, weights: Mapping[str, Tensor]) -> None:

@@ -24,7 +24,7 @@ from nextdit_core.folder import new_folder
 from nextdit_core.modality import Modality, load_modality
 from nextdit_core.recipe import Recipe
 from nextdit_core.sampling_plan import check_sampling
-from nextdit_core.saved_model import ModelCard, check_format, load_weights, write_model
+from nextdit_core.saved_model import ModelCard, check_format, load_parts, write_model
 from nextdit_core.text_encoders import load_text_encoder
 from nextdit_core.training.draws import draw
 from nextdit_core.training.objective import batch_loss
@@ -238,11 +238,5 @@ def _resume(state: TrainState, run: RunFolder) -> None:
     if newest is None:
         return
     check_format(newest)
-    average = {
-        f"{part}.{name}": tensor
-        for part in ("backbone", "text_encoder")
-        for name, tensor in load_weights(
-            newest / part / "model.safetensors", torch.device("cpu")
-        ).items()
-    }
+    average = load_parts(newest, state.model, torch.device("cpu"))
     state.load(newest / "training", average)
