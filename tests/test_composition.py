@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,26 +26,10 @@ def test_every_modality_passes_the_conformance_checks(name: str) -> None:
     check_modality(modality, [medium, medium], atol=1e-6)
 
 
-def _letters(folder: Path) -> dict[str, Any]:
-    """Write a small random Llama that reads letters, and give the options that name it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    letters = {letter: place for place, letter in enumerate(["<s>", "?", *"adeforx "])}
-    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", unk_token="?"
-    ).save_pretrained(folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(letters), num_hidden_layers=2, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return {"model": str(folder)}
-
-
 @pytest.mark.parametrize("name", list(registry.parts("nextdit.text_encoders")))
-def test_every_text_encoder_reads_any_prompt(name: str, tmp_path: Path) -> None:
-    encoder = load_text_encoder(name, _letters(tmp_path) if name == "transformers" else {})
+def test_every_text_encoder_reads_any_prompt(name: str, letters: Path) -> None:
+    options = {"model": str(letters)} if name == "transformers" else {}
+    encoder = load_text_encoder(name, options)
     assert isinstance(encoder, TextEncoder)
     condition = encoder(["a red fox", "", "孤舟蓑笠翁 🎣"])
     assert condition.text.shape[-1] == encoder.text_dim

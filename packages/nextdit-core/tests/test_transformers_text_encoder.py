@@ -466,6 +466,17 @@ def test_options_rebuild_the_encoder(load: Any) -> None:
     assert torch.equal(encoder(PROMPTS).text, again(PROMPTS).text)
 
 
+def test_a_relative_folder_is_found_from_anywhere(
+    load: Any, language_model: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = language_model("gemma")
+    monkeypatch.chdir(folder.parent)
+    encoder = load_text_encoder("transformers", {"model": folder.name})
+    monkeypatch.chdir(tmp_path)
+    again = load_text_encoder("transformers", encoder.options)
+    assert torch.equal(encoder(PROMPTS).text, again(PROMPTS).text)
+
+
 def test_a_model_is_trained_saved_and_sampled_without_the_language_model_s_weights(
     recipe: Any, language_model: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -474,7 +485,7 @@ def test_a_model_is_trained_saved_and_sampled_without_the_language_model_s_weigh
     checkpoint = train(run)
     assert not (checkpoint / "text_encoder").exists()
     card = json.loads((checkpoint / "nextdit.json").read_text())
-    assert card["text_encoder"] == {"name": "transformers", "options": options}
+    assert card["text_encoder"] == {"name": "transformers", "options": options | {"dtype": "auto"}}
     longer = recipe(text_encoder="transformers", text_encoder_options=options)
     pipe = Pipeline.from_pretrained(train(longer), device="cpu", dtype=torch.bfloat16)
     (sample,) = pipe("up", negative_prompt="down, " * 20)

@@ -52,6 +52,24 @@ class Conditioning:
         return (self.text.float() * mask).sum(1) / mask.sum(1).clamp(min=1.0)
 
     @staticmethod
+    def of(rows: Sequence[Tensor], device: torch.device | None = None) -> Conditioning:
+        """Fill up the features of several prompts with zeros to one batch.
+
+        Args:
+            rows: At least one, `[tokens, text_dim]` each, of any lengths from 1.
+            device: Where the batch goes; where the rows are when None.
+
+        Returns:
+            A batch, in order, `text_tokens` a multiple of 8.
+        """
+        lengths = [len(row) for row in rows]
+        width = -(-max(lengths) // 8) * 8
+        text = rows[0].new_zeros(len(rows), width, rows[0].shape[-1])
+        for place, row in zip(text, rows, strict=True):
+            place[: len(row)] = row
+        return Conditioning(text.to(device), torch.tensor(lengths).to(text.device).to(device))
+
+    @staticmethod
     def stack(parts: Sequence[Conditioning]) -> Conditioning:
         """Join batches, filling up to the longest text.
 

@@ -39,13 +39,12 @@ class TextEncoder(Protocol):
 
 @runtime_checkable
 class FrozenTextEncoder(TextEncoder, Protocol):
-    """A text encoder that training does not change, so that its features can be kept on disk.
+    """A text encoder that training does not change, so that its features can be kept on disk."""
 
-    Attributes:
-        device: Where features are computed and returned; follows `Module.to`.
-    """
-
-    device: torch.device
+    @property
+    def device(self) -> torch.device:
+        """Where features are computed and returned; follows `Module.to`."""
+        ...
 
     def identity(self) -> str:
         """Give a hexadecimal digest of all that features depend on besides the prompt."""

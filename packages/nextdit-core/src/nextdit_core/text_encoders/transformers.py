@@ -94,7 +94,6 @@ class TransformersTextEncoder(nn.Module):
             "layer": layer,
             "dtype": dtype,
         }
-        self.options = {name: value for name, value in given.items() if value is not None}
         self.device = torch.device("cpu")
         self._loaded: tuple[nn.Module, ...] = ()  # a tuple hides it from parameters and state
 
@@ -102,6 +101,9 @@ class TransformersTextEncoder(nn.Module):
         self._is_here = Path(model).expanduser().is_dir()
         self._revision = revision
         root = self._root(SMALL)
+        if self._is_here:  # so that a saved model finds it from anywhere
+            given["model"] = str(root)
+        self.options = {name: value for name, value in given.items() if value is not None}
         if not self._is_here:  # its commit: the weights, read later, shall be of the same one
             self._revision = root.name
         if subfolder is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +22,12 @@ from nextdit_core.errors import UserError
 from nextdit_core.flow_model import FlowModel
 from nextdit_core.folder import new_folder
 from nextdit_core.modality import Modality, load_modality
+from nextdit_core.progress import Progress
 from nextdit_core.recipe import Recipe
 from nextdit_core.sampling_plan import check_sampling
 from nextdit_core.saved_model import ModelCard, check_format, load_parts, write_model
 from nextdit_core.text_encoders import load_text_encoder
+from nextdit_core.text_encoders.cached import CachedTextEncoder
 from nextdit_core.training.draws import draw
 from nextdit_core.training.objective import batch_loss
 from nextdit_core.training.plan import Batch, batches_from, epoch_plan, rank_slice
@@ -44,14 +46,14 @@ class Ingredients:
     modality: Modality
     data: TokenDataset
     config: NextDiTConfig
+    text_encoder_options: Mapping[str, Any]
 
     def new_model(self) -> FlowModel:
         """Build the model with the initial weights of the recipe's seed."""
         recipe = self.recipe
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            encoder = load_text_encoder(recipe.text_encoder, recipe.text_encoder_options)
-            return FlowModel(NextDiT(self.config), encoder)
+            return FlowModel(NextDiT(self.config), _text_encoder(recipe))
 
     def card(self, step: int) -> ModelCard:
         """Describe the model after some steps."""
@@ -60,7 +62,7 @@ class Ingredients:
             modality=recipe.modality,
             modality_options=dict(self.modality.options),
             text_encoder=recipe.text_encoder,
-            text_encoder_options=recipe.text_encoder_options,
+            text_encoder_options=self.text_encoder_options,
             sampling=recipe.sampling.model_dump(),
             step=step,
             example_prompts=sorted(set(self.data.captions))[:20],
@@ -81,7 +83,7 @@ def prepare(recipe: Recipe) -> Ingredients:
     """
     check_sampling(recipe.sampling.solver, recipe.sampling.schedule, recipe.sampling.nfe)
     modality = load_modality(recipe.modality, recipe.modality_options)
-    encoder: Any = load_text_encoder(recipe.text_encoder, recipe.text_encoder_options)
+    encoder: Any = _text_encoder(recipe)
     config = NextDiTConfig(
         token_dim=modality.token_dim,
         axes=modality.axes,
@@ -90,7 +92,12 @@ def prepare(recipe: Recipe) -> Ingredients:
     )
     data = TokenDataset(load_dataset(recipe.dataset, recipe.dataset_options), modality)
     epoch_plan(data.lengths, recipe.batch_tokens, recipe.seed, 0)
-    return Ingredients(recipe, modality, data, config)
+    return Ingredients(recipe, modality, data, config, encoder.options)
+
+
+def _text_encoder(recipe: Recipe) -> nn.Module:
+    encoder = load_text_encoder(recipe.text_encoder, recipe.text_encoder_options)
+    return encoder if recipe.text_cache is None else CachedTextEncoder(encoder, recipe.text_cache)
 
 
 def train(recipe: Recipe, runtime: Runtime) -> None:
@@ -115,6 +122,8 @@ def train(recipe: Recipe, runtime: Runtime) -> None:
     if runtime.rank == 0:
         run.rewind(state.step)
         run.event("start", step=state.step, steps=recipe.steps, workers=workers)
+    if not _fill_text_cache(state.model.text_encoder, parts, run, runtime):
+        return
     model = _parallel(state.model, runtime)
     precision = (
         torch.autocast(runtime.device.type, torch.bfloat16)
@@ -154,6 +163,35 @@ def train(recipe: Recipe, runtime: Runtime) -> None:
                 return
     if runtime.rank == 0:
         run.event("end", step=state.step)
+
+
+def _fill_text_cache(
+    encoder: nn.Module | None, parts: Ingredients, run: RunFolder, runtime: Runtime
+) -> bool:
+    """Encode the captions that no run has encoded before; False where training was stopped."""
+    if not isinstance(encoder, CachedTextEncoder):
+        return True
+    captions = {"", *parts.data.captions}  # a dropped caption is the empty one
+    encoding = encoder.fill(captions, begin=runtime.rank / runtime.world_size)
+    stop = False
+    if runtime.rank > 0:
+        stop = any(runtime.stop_requested() for _ in encoding)
+    else:
+        with Progress("encoding captions", len(captions), unit="caption") as progress:
+            for done, made in encoding:
+                note = f"{made} new"
+                if done == len(captions):
+                    kept, size = encoder.cache.size()
+                    note += f"; {kept} take {size / 1e6:.1f} MB in {encoder.cache.folder}"
+                    run.event("text_cache", made=made, captions=kept, bytes=size)
+                progress.to(done, note)
+                stop = runtime.stop_requested()
+                if stop:
+                    break
+    votes = torch.tensor(float(stop), device=runtime.device)
+    if runtime.world_size > 1:
+        dist.all_reduce(votes)
+    return votes.item() == 0
 
 
 def _rank_loss(
