@@ -29,6 +29,10 @@ def test_features_do_not_depend_on_the_other_prompts() -> None:
         assert difference.abs().max() <= 1e-5
 
 
+def test_the_size_in_the_guide() -> None:
+    assert sum(one.numel() for one in ByteTextEncoder().parameters()) == 83_200
+
+
 def test_options_rebuild_the_encoder() -> None:
     encoder = ByteTextEncoder(text_dim=32, layers=2, heads=2, max_bytes=16)
     again = load_text_encoder("bytes", encoder.options)

@@ -447,6 +447,42 @@ def test_options_that_do_not_fit_are_refused(
         load("gemma", **options)
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes", "width", "billions"),
+    [
+        ("t5", (32128, 1024, 2816, 24, 16, 16, 64), 1024, 0.34),
+        ("qwen3", (151936, 1024, 3072, 28, 16, 8, 128), 1024, 0.60),
+        ("gemma", (256000, 2048, 16384, 18, 8, 1, 256), 2048, 2.51),
+        ("gemma2", (256000, 2304, 9216, 26, 8, 4, 256), 2304, 2.61),
+        ("llama", (32000, 4096, 11008, 32, 32, 32, 128), 4096, 6.61),
+    ],
+)
+def test_the_sizes_in_the_guide(
+    kind: str, sizes: tuple[int, ...], width: int, billions: float
+) -> None:
+    vocabulary, hidden, feed_forward, layers, heads, kv_heads, head_dim = sizes
+    if kind == "t5":
+        config = transformers.T5Config(
+            **{"vocab_size": vocabulary, "d_model": hidden, "d_ff": feed_forward},
+            **{"num_layers": layers, "num_heads": heads, "d_kv": head_dim},
+            feed_forward_proj="gated-gelu",
+        )
+    else:
+        config = transformers.AutoConfig.for_model(
+            kind,
+            **{"vocab_size": vocabulary, "num_attention_heads": heads},
+            **{"hidden_size": hidden, "intermediate_size": feed_forward, "head_dim": head_dim},
+            **{"num_hidden_layers": layers, "num_key_value_heads": kv_heads},
+        )
+    with torch.device("meta"):
+        if kind == "t5":
+            model = transformers.T5EncoderModel(config)
+        else:
+            model = transformers.AutoModel.from_config(config)
+    assert config.hidden_size == width
+    assert round(sum(one.numel() for one in model.parameters()) / 1e9, 2) == billions
+
+
 def test_an_encoder_with_a_decoder_is_refused(copy: Any) -> None:
     folder = copy("gemma")
     transformers.BartConfig(d_model=16).save_pretrained(folder)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nextdit_core.modality import Modality, Size
     from nextdit_core.pipeline import Pipeline
     from nextdit_core.recipe import Recipe
-    from nextdit_core.text_encoders import TextEncoder
+    from nextdit_core.text_encoders import FrozenTextEncoder, TextEncoder
     from nextdit_core.tokens import Tokens
     from nextdit_core.training.run import train
     from nextdit_core.training.runtime import Engine, Runtime
@@ -34,6 +34,7 @@ _HOMES = {
     "Size": "modality",
     "Pipeline": "pipeline",
     "Recipe": "recipe",
+    "FrozenTextEncoder": "text_encoders",
     "TextEncoder": "text_encoders",
     "Tokens": "tokens",
     "Engine": "training.runtime",
@@ -46,6 +47,7 @@ __all__ = [
     "Dataset",
     "Engine",
     "Example",
+    "FrozenTextEncoder",
     "Modality",
     "NextDiT",
     "NextDiTConfig",
