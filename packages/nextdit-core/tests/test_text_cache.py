@@ -60,6 +60,7 @@ def test_cached_features_are_those_of_the_encoder(load: Any, tmp_path: Path) -> 
         condition = cached([*PROMPTS, "a red fox"])
         assert torch.equal(condition.text[:-1], expected.text)
         assert torch.equal(condition.lengths[:-1], expected.lengths)
+        assert condition.host_lengths == tuple(condition.lengths.tolist())
         assert torch.equal(condition.text[-1], expected.text[0])
     assert not condition.text.requires_grad
 

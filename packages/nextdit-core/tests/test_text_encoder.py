@@ -17,6 +17,7 @@ def test_every_prompt_has_finite_features() -> None:
     condition = encoder(PROMPTS)
     assert torch.isfinite(condition.text).all()
     assert condition.lengths.tolist() == [21, 2, 22, 66]
+    assert condition.host_lengths == (21, 2, 22, 66)
 
 
 def test_features_do_not_depend_on_the_other_prompts() -> None:

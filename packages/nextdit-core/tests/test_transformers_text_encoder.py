@@ -140,6 +140,7 @@ def test_equal_prompts_are_computed_once_and_in_order(load: Any) -> None:
         lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
     )
     condition = encoder(["b", "", "b", "a red fox", "", ""])
+    assert condition.host_lengths == tuple(condition.lengths.tolist())
     assert [shape[0] for shape in shapes] == [3]
     single = {prompt: encoder([prompt]) for prompt in ("b", "", "a red fox")}
     for row, prompt in enumerate(["b", "", "b", "a red fox", "", ""]):

@@ -96,12 +96,13 @@ class ByteTextEncoder(nn.Module):
             UserError: See `check_prompts`.
         """
         device = self.bytes.weight.device
-        symbols, lengths = (part.to(device) for part in self.symbols(prompts))
+        symbols, on_host = self.symbols(prompts)
+        symbols, lengths = symbols.to(device), on_host.to(device)
         places = torch.arange(symbols.shape[1], device=device)
         fill = places >= lengths[:, None]
         hidden = self.bytes(symbols) + self.places(places)
         hidden = self.layers(hidden, src_key_padding_mask=fill)
-        return Conditioning(self.norm(hidden), lengths)
+        return Conditioning(self.norm(hidden), lengths, host_lengths=tuple(on_host.tolist()))
 
 
 def _cut(prompt: str, limit: int) -> bytes:

@@ -182,9 +182,9 @@ class TransformersTextEncoder(nn.Module):
         rows = self.token_ids(list(places))
         width = -(-max(map(len, rows)) // 8) * 8
         filled = torch.tensor([row + [self._stand_in] * (width - len(row)) for row in rows])
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(width) < lengths[:, None]
-        filled, lengths, mask = (part.to(self.device) for part in (filled, lengths, mask))
+        counts = [len(row) for row in rows]
+        mask = torch.arange(width) < torch.tensor(counts)[:, None]
+        filled, mask = filled.to(self.device), mask.to(self.device)
         # Features belong to the model and its dtype, whatever the training around computes in.
         with torch.autocast(self.device.type, enabled=False):
             states = self._language_model()(
@@ -193,10 +193,11 @@ class TransformersTextEncoder(nn.Module):
         text = states[self.layer].masked_fill(~mask[..., None], 0.0)
         if text.dtype == torch.float16 and not bool(text.isfinite().all()):
             raise UserError(f"{self.model} overflows in float16; use dtype='bfloat16'")
-        if len(places) == len(prompts):
-            return Conditioning(text, lengths)
-        order = torch.tensor([places[prompt] for prompt in prompts]).to(self.device)
-        return Conditioning(text[order], lengths[order])
+        order = [places[prompt] for prompt in prompts]
+        if len(places) < len(prompts):
+            text = text[torch.tensor(order).to(self.device)]
+        known = tuple(counts[place] for place in order)
+        return Conditioning(text, torch.tensor(known).to(self.device), host_lengths=known)
 
     def identity(self) -> str:
         """Give a SHA-256 of all that features depend on besides the prompt.
