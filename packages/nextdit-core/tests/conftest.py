@@ -146,6 +146,8 @@ def language_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
     def write(kind: str) -> Path:
         if kind in made:
             return made[kind]
+        if kind not in transformers.CONFIG_MAPPING:
+            pytest.skip(f"transformers {transformers.__version__} has no {kind}")
         folder = tmp_path_factory.mktemp("models") / kind
         tokenizer = _tokenizer(transformers, *SPECIAL[kind])
         if kind == "t5":

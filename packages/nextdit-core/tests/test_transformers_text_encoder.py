@@ -338,9 +338,9 @@ def _own_code(folder: Path) -> None:
     ("damage", "message"),
     [
         (shutil.rmtree, r"there is no folder '/.*gemma' here"),
-        (lambda folder: (folder / "config.json").unlink(), "holds no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "cannot read .*gemma: "),
-        (lambda folder: (folder / "config.json").write_text("{}"), "cannot read .*gemma: "),
+        (lambda folder: (folder / "config.json").unlink(), "holds no config.json with a"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot read .*config.json: "),
+        (lambda folder: (folder / "config.json").write_text("{}"), "no config.json with a model"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "cannot read .*gemma: "),
         (_without_weights, "holds no weights; expected model.safetensors"),
         (_pickled, r"holds its weights as pytorch_model.bin, a pickle, which could run any code"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nextdit_core.conditioning import Conditioning
 from nextdit_core.errors import UserError
+from nextdit_core.folder import read_json
 from nextdit_core.text_encoders.prompts import check_prompts
 
 __all__ = ["TransformersTextEncoder"]
@@ -33,7 +34,8 @@ TOKENIZER = (
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 T5 = ("t5", "mt5", "umt5")
 
-#: Tokenizers change state in a call, and a model is loaded by the first one.
+#: A call changes state in tokenizers and, where hidden states are asked for, in models; and the
+#: first one loads the weights.
 _LOCK = threading.Lock()
 
 
@@ -112,10 +114,12 @@ class TransformersTextEncoder(nn.Module):
         self._tokenizer_folder = root / subfolder.replace("text_encoder", "tokenizer")
         if not self._tokenizer_folder.is_dir():
             self._tokenizer_folder = self._folder
-        if not (self._folder / "config.json").is_file():
+        settings = self._folder / "config.json"
+        # Without a type transformers may guess one from the folder's name.
+        if not settings.is_file() or "model_type" not in read_json(settings):
             raise UserError(
-                f"{self._folder} holds no config.json, so it is not a saved transformers model; "
-                f"give the folder that save_pretrained wrote, or its subfolder"
+                f"{self._folder} holds no config.json with a model_type, so it is not a saved "
+                f"transformers model; give the folder that save_pretrained wrote, or its subfolder"
             )
         if self._is_here:
             self._weights()
@@ -186,7 +190,7 @@ class TransformersTextEncoder(nn.Module):
         mask = torch.arange(width) < torch.tensor(counts)[:, None]
         filled, mask = filled.to(self.device), mask.to(self.device)
         # Features belong to the model and its dtype, whatever the training around computes in.
-        with torch.autocast(self.device.type, enabled=False):
+        with _LOCK, torch.autocast(self.device.type, enabled=False):
             states = self._language_model()(
                 input_ids=filled, attention_mask=mask.long(), output_hidden_states=True
             ).hidden_states
@@ -231,10 +235,9 @@ class TransformersTextEncoder(nn.Module):
         return self
 
     def _language_model(self) -> nn.Module:
-        with _LOCK:
-            if not self._loaded:
-                self._loaded = (self._load().to(self.device),)
-            return self._loaded[0]
+        if not self._loaded:
+            self._loaded = (self._load().to(self.device),)
+        return self._loaded[0]
 
     def _load(self) -> nn.Module:
         """Read the weights; a tensor that is missing would otherwise be drawn at random."""
