@@ -45,6 +45,25 @@ def nextdit(
     return run
 
 
+@pytest.fixture
+def letters(tmp_path: Path) -> Path:
+    """Write a small random Llama that reads letters, and name its folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path / "letters"
+    letters = {letter: place for place, letter in enumerate(["<s>", "?", *"adeforx "])}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", unk_token="?"
+    ).save_pretrained(folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(letters), num_hidden_layers=2, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
 class Running:
     """A `nextdit train` under way."""
 

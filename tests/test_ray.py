@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,26 @@ def test_an_error_of_the_user_is_one_line_and_not_retried(
     assert "Lower optimizer.lr" in last
     starts = [row for row in running.rows("events.jsonl") if row["event"] == "start"]
     assert len(starts) == 1
+
+
+def test_frozen_text_is_cached_by_all_workers_from_relative_folders(
+    recipe: Path, letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nextdit_core import Recipe, train
+
+    monkeypatch.chdir(tmp_path)
+    options = tomllib.loads(recipe.read_text()) | {
+        "text_encoder": "transformers",
+        "text_encoder_options": {"model": letters.name},
+        "text_cache": "cache",
+        "steps": 10,
+    }
+    curves = []
+    for engine, workers in (("ray", 2), ("local", 1)):
+        run = {"out": engine, "engine": engine, "workers": workers}
+        train(Recipe.from_dict(options | run))
+        curves.append(_curve(tmp_path / engine))
+        assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 11  # ten digits and ""
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+    events = (tmp_path / "local" / "events.jsonl").read_text()
+    assert '"made": 0, "captions": 11' in events

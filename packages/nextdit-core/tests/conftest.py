@@ -127,6 +127,85 @@ def recipe(toy: Path, tmp_path: Path) -> Callable[..., Recipe]:
     return make
 
 
+#: Special tokens as the real tokenizers have them: beginning, end, padding.
+SPECIAL = {
+    "gemma": ("<bos>", "<eos>", "<pad>"),
+    "gemma2": ("<bos>", "<eos>", "<pad>"),
+    "llama": ("<s>", "</s>", None),
+    "internlm3": ("<s>", "</s>", "</s>"),
+    "qwen2": (None, "<|im_end|>", "<|endoftext|>"),
+    "qwen3": (None, "<|im_end|>", "<|endoftext|>"),
+    "t5": (None, "</s>", "<pad>"),
+}
+
+
+@pytest.fixture(scope="session")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Write a small random language model of a type, with a tokenizer, and name its folder."""
+    transformers = pytest.importorskip("transformers")
+    made: dict[str, Path] = {}
+
+    def write(kind: str) -> Path:
+        if kind in made:
+            return made[kind]
+        if kind not in transformers.CONFIG_MAPPING:
+            pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+        folder = tmp_path_factory.mktemp("models") / kind
+        tokenizer = _tokenizer(transformers, *SPECIAL[kind])
+        if kind == "t5":
+            config = transformers.T5Config(
+                **{"vocab_size": len(tokenizer), "d_model": 32, "d_kv": 8, "d_ff": 64},
+                **{"num_layers": 2, "num_heads": 4, "feed_forward_proj": "gated-gelu"},
+            )
+        else:
+            config = transformers.AutoConfig.for_model(
+                kind,
+                **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64},
+                **{"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
+                **{"head_dim": 8, "initializer_range": 0.2, "max_position_embeddings": 512},
+                **{"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0},
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            if kind == "t5":
+                model = transformers.T5ForConditionalGeneration(config)
+            else:
+                model = transformers.AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        made[kind] = folder
+        return folder
+
+    return write
+
+
+def _tokenizer(transformers: Any, bos: str | None, eos: str | None, pad: str | None) -> Any:
+    """Train a byte-level BPE on a few sentences; T5's ends a prompt, most begin it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    special = list(dict.fromkeys(one for one in (pad, eos, bos) if one is not None))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    sentences = ["a red fox in the snow", "a lighthouse in a storm", "孤舟蓑笠翁", "独钓寒江雪"]
+    tokenizer.train_from_iterator(sentences, trainer)
+    frame = {"<bos>": "<bos> $A", "<s>": "<s> $A"}.get(bos or "", "$A")
+    if pad == "<pad>" and bos is None:
+        frame = "$A </s>"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=frame, special_tokens=[(one, tokenizer.token_to_id(one)) for one in special]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad
+    )
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Find the reference tensors, beside the checkout or where NEXTDIT_GOLDEN says."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nextdit_core.modality import Modality, Size
     from nextdit_core.pipeline import Pipeline
     from nextdit_core.recipe import Recipe
-    from nextdit_core.text_encoders import TextEncoder
+    from nextdit_core.text_encoders import FrozenTextEncoder, TextEncoder
     from nextdit_core.tokens import Tokens
     from nextdit_core.training.run import train
     from nextdit_core.training.runtime import Engine, Runtime
@@ -42,6 +42,7 @@ _HOMES = {
     "Size": "modality",
     "Pipeline": "pipeline",
     "Recipe": "recipe",
+    "FrozenTextEncoder": "text_encoders",
     "TextEncoder": "text_encoders",
     "Tokens": "tokens",
     "Engine": "training.runtime",
@@ -57,6 +58,7 @@ __all__ = [
     "Example",
     "Extrapolation",
     "FinalLayer",
+    "FrozenTextEncoder",
     "Guidance",
     "Modality",
     "NextDiT",

@@ -9,9 +9,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,9 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         UserError: The place is not writable, or the disk is full.
     """
-    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    # Threads, and machines that share a disk, may have one process number.
+    own = f"{os.getpid()}-{secrets.token_hex(4)}"
+    partial = path.with_name(f".{path.stem}.partial-{own}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -141,7 +144,8 @@ def new_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it was renamed, or there was never a place for it
+            partial.unlink()
 
 
 def _to_disk(path: Path) -> None:

@@ -114,6 +114,8 @@ class Recipe(_Section):
         dataset_options: Its options.
         text_encoder: Name of an installed text encoder.
         text_encoder_options: Its options.
+        text_cache: Folder that keeps the features of a frozen text encoder, so that each caption
+            is encoded once; may be shared by runs.
         model: Sizes of the backbone.
         optimizer: AdamW and its schedule.
         sampling: Defaults for sampling the result.
@@ -147,6 +149,7 @@ class Recipe(_Section):
     modality_options: dict[str, Any] = {}
     dataset_options: dict[str, Any] = {}
     text_encoder_options: dict[str, Any] = {}
+    text_cache: Annotated[str, Field(min_length=1)] | None = None
     model: SizesRecipe = SizesRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     sampling: SamplingRecipe = SamplingRecipe()

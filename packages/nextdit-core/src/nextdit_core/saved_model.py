@@ -3,7 +3,7 @@
 nextdit.json                    format version, parts by entry-point name, sampling defaults
 backbone/config.json            sizes
 backbone/model.safetensors      weights
-text_encoder/model.safetensors  weights, where the text encoder was trained
+text_encoder/model.safetensors  weights, where the text encoder learns with the backbone
 README.md                       model card
 complete.json                   completeness marker, written last
 """
@@ -32,7 +32,10 @@ from nextdit_core.text_encoders import load_text_encoder
 
 Kind = TypeVar("Kind")
 
-__all__ = ["ModelCard", "load_model", "read_card", "write_model"]
+#: The folders with weights.
+PARTS = ("backbone", "text_encoder")
+
+__all__ = ["ModelCard", "load_model", "load_parts", "read_card", "write_model"]
 
 
 @dataclass(frozen=True)
@@ -164,10 +167,10 @@ def load_model(
     card = read_card(folder)
     modality = load_modality(card.modality, card.modality_options)
     backbone = load_backbone(folder / "backbone", dtype=dtype, device=device)
-    weights = load_part(folder / "text_encoder", device)
+    with torch.device("meta"):
+        encoder = load_text_encoder(card.text_encoder, card.text_encoder_options)
+    weights = load_part(folder / "text_encoder", device) if encoder.state_dict() else {}
     try:
-        with torch.device("meta"):
-            encoder = load_text_encoder(card.text_encoder, card.text_encoder_options)
         encoder.load_state_dict(
             {
                 name: tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -178,5 +181,29 @@ def load_model(
     except RuntimeError as error:
         said = " ".join(str(error).split())
         raise UserError(f"the weights in {folder} do not fit its sizes: {said}") from error
+    encoder.to(device)  # what it keeps to itself
     model = FlowModel(backbone, encoder)
     return model.eval().requires_grad_(False), modality, card
+
+
+def load_parts(folder: Path, model: FlowModel, device: torch.device) -> dict[str, Tensor]:
+    """Read the weights of a model folder, by their names in the model.
+
+    Args:
+        folder: The folder.
+        model: Tells which parts have weights of their own.
+        device: Where they go.
+
+    Returns:
+        Weights by name.
+
+    Raises:
+        UserError: A file is missing or damaged.
+    """
+    owners = {name.partition(".")[0] for name in model.state_dict()}
+    return {
+        f"{part}.{name}": tensor
+        for part in PARTS
+        if part in owners
+        for name, tensor in load_part(folder / part, device).items()
+    }

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -123,9 +124,12 @@ def _fit(recipe: Recipe, run: RunFolder, progress: Progress) -> bool:
             f"workers is {recipe.workers} and the cluster has {there} {kind}s; use "
             f"workers={max(1, there)} or add nodes"
         )
+    settings = recipe.to_dict() | {"out": str(run.path)}
+    if recipe.text_cache is not None:
+        settings["text_cache"] = str(Path(recipe.text_cache).expanduser().absolute())
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"recipe": recipe.to_dict() | {"out": str(run.path)}},
+        train_loop_config={"recipe": settings, "folder": str(Path.cwd())},
         scaling_config=options.ScalingConfig(num_workers=recipe.workers, use_gpu=use_gpu),
         run_config=options.RunConfig(
             # Ray resumes a name that it has seen; what to resume is ours to find, in `run`.

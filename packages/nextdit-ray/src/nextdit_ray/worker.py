@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,11 @@ def train_worker(config: Mapping[str, Any]) -> None:
     end at once, since another try would fail in the same way.
 
     Args:
-        config: `recipe`, as `Recipe.to_dict` gives it, with an absolute `out`.
+        config: `recipe`, as `Recipe.to_dict` gives it, with an absolute `out`, and `folder`,
+            from which its relative paths are taken where this machine has it.
     """
+    if os.path.isdir(config["folder"]):
+        os.chdir(config["folder"])
     recipe = Recipe.from_dict(config["recipe"])
     run = RunFolder(recipe.out)
     if run.failure() is not None:

@@ -97,13 +97,14 @@ def _saved_model(path: Path) -> list[tuple[str, str]]:
     model, modality, card = load_model(folder, torch.device("cpu"), torch.float32)
     count = sum(parameter.numel() for parameter in model.backbone.parameters())
     encoder = sum(parameter.numel() for parameter in model.parameters()) - count
+    learnt = f"{encoder:,} parameters" if encoder else "frozen, its weights are not in the folder"
     sampling = ", ".join(f"{key} {value}" for key, value in card.sampling.items())
     rows = [
         ("folder", str(folder)),
         ("modality", f"{card.modality} {dict(card.modality_options)}"),
         ("default size", "x".join(map(str, modality.default_size))),
         ("backbone", f"{count:,} parameters, {model.backbone.config}"),
-        ("text encoder", f"{card.text_encoder}, {encoder:,} parameters"),
+        ("text encoder", f"{card.text_encoder} {dict(card.text_encoder_options)}, {learnt}"),
         ("training steps", str(card.step)),
         ("sampling", sampling),
     ]

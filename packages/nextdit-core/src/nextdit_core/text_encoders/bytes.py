@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nextdit_core.conditioning import Conditioning
+from nextdit_core.text_encoders.prompts import check_prompts
 
 __all__ = ["ByteTextEncoder"]
 
@@ -25,7 +26,11 @@ class ByteTextEncoder(nn.Module):
         text_dim: Width of the features.
         layers: Transformer layers over the bytes.
         heads: Attention heads; divides `text_dim`.
-        max_bytes: Longer prompts are cut to this many bytes.
+        max_bytes: Longer prompts are cut to this many bytes, before a character that would
+            be torn apart.
+
+    Raises:
+        ValueError: A size is below 1, or `heads` does not divide `text_dim`.
 
     >>> encoder = ByteTextEncoder(text_dim=32, layers=1, heads=2)
     >>> encoder(["seven", ""]).lengths.tolist()
@@ -36,16 +41,15 @@ class ByteTextEncoder(nn.Module):
         self, text_dim: int = 64, layers: int = 1, heads: int = 4, max_bytes: int = 256
     ) -> None:
         super().__init__()
+        sizes = {"text_dim": text_dim, "layers": layers, "heads": heads, "max_bytes": max_bytes}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}; expected at least 1")
         if text_dim % heads:
             raise ValueError(f"text_dim {text_dim} is not a multiple of heads {heads}")
         self.text_dim = text_dim
         self.max_bytes = max_bytes
-        self.options = {
-            "text_dim": text_dim,
-            "layers": layers,
-            "heads": heads,
-            "max_bytes": max_bytes,
-        }
+        self.options = sizes
         self.bytes = nn.Embedding(FILL + 1, text_dim)
         self.places = nn.Embedding(max_bytes + 2, text_dim)
         layer = nn.TransformerEncoderLayer(
@@ -67,9 +71,14 @@ class ByteTextEncoder(nn.Module):
             prompts: At least one.
 
         Returns:
-            Symbols `[batch, text_tokens]`, filled up to a multiple of 8, and lengths `[batch]`.
+            Symbols `[batch, text_tokens]`, filled up to a multiple of 8 or to the longest that
+            there can be, and lengths `[batch]`.
+
+        Raises:
+            UserError: See `check_prompts`.
         """
-        rows = [[START, *prompt.encode("utf-8")[: self.max_bytes], END] for prompt in prompts]
+        check_prompts(prompts)
+        rows = [[START, *_cut(prompt, self.max_bytes), END] for prompt in prompts]
         width = min(-(-max(map(len, rows)) // 8) * 8, self.max_bytes + 2)
         filled = [row + [FILL] * (width - len(row)) for row in rows]
         return torch.tensor(filled), torch.tensor([len(row) for row in rows])
@@ -82,11 +91,21 @@ class ByteTextEncoder(nn.Module):
 
         Returns:
             Features `[batch, text_tokens, text_dim]` with lengths.
+
+        Raises:
+            UserError: See `check_prompts`.
         """
         device = self.bytes.weight.device
-        symbols, lengths = (part.to(device) for part in self.symbols(prompts))
+        symbols, on_host = self.symbols(prompts)
+        symbols, lengths = symbols.to(device), on_host.to(device)
         places = torch.arange(symbols.shape[1], device=device)
         fill = places >= lengths[:, None]
         hidden = self.bytes(symbols) + self.places(places)
         hidden = self.layers(hidden, src_key_padding_mask=fill)
-        return Conditioning(self.norm(hidden), lengths)
+        return Conditioning(self.norm(hidden), lengths, host_lengths=tuple(on_host.tolist()))
+
+
+def _cut(prompt: str, limit: int) -> bytes:
+    """Take the longest beginning of whole characters that has at most so many bytes."""
+    kept = prompt.encode("utf-8")[:limit]
+    return kept.decode("utf-8", errors="ignore").encode("utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nextdit_core.backbone import NextDiT
-from nextdit_core.checkpoints.shards import load_part
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.dataset import TokenDataset, load_dataset
 from nextdit_core.errors import UserError
@@ -24,10 +23,12 @@ from nextdit_core.flow_model import FlowModel
 from nextdit_core.folder import new_folder
 from nextdit_core.modality import Modality, load_modality
 from nextdit_core.model_folder import check_format
+from nextdit_core.progress import Progress
 from nextdit_core.recipe import Recipe
 from nextdit_core.sampling_plan import check_sampling
-from nextdit_core.saved_model import ModelCard, write_model
+from nextdit_core.saved_model import ModelCard, load_parts, write_model
 from nextdit_core.text_encoders import load_text_encoder
+from nextdit_core.text_encoders.cached import CachedTextEncoder
 from nextdit_core.training.activations import checkpoint_blocks
 from nextdit_core.training.draws import draw, time_shift
 from nextdit_core.training.objective import batch_loss
@@ -50,14 +51,14 @@ class Ingredients:
     modality: Modality
     data: TokenDataset
     config: NextDiTConfig
+    text_encoder_options: Mapping[str, Any]
 
     def new_model(self) -> FlowModel:
         """Build the model with the initial weights of the recipe's seed."""
         recipe = self.recipe
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            encoder = load_text_encoder(recipe.text_encoder, recipe.text_encoder_options)
-            return FlowModel(NextDiT(self.config), encoder)
+            return FlowModel(NextDiT(self.config), _text_encoder(recipe))
 
     def card(self, step: int) -> ModelCard:
         """Describe the model after some steps."""
@@ -66,7 +67,7 @@ class Ingredients:
             modality=recipe.modality,
             modality_options=dict(self.modality.options),
             text_encoder=recipe.text_encoder,
-            text_encoder_options=recipe.text_encoder_options,
+            text_encoder_options=self.text_encoder_options,
             sampling=recipe.sampling.model_dump(),
             step=step,
             example_prompts=sorted(set(self.data.captions))[:20],
@@ -88,7 +89,7 @@ def prepare(recipe: Recipe) -> Ingredients:
     check_sampling(recipe.sampling.solver, recipe.sampling.schedule, recipe.sampling.nfe)
     time_shift(recipe.time_shift, 1)
     modality = load_modality(recipe.modality, recipe.modality_options)
-    encoder: Any = load_text_encoder(recipe.text_encoder, recipe.text_encoder_options)
+    encoder: Any = _text_encoder(recipe)
     config = NextDiTConfig(
         token_dim=modality.token_dim,
         axes=modality.axes,
@@ -97,7 +98,12 @@ def prepare(recipe: Recipe) -> Ingredients:
     )
     data = TokenDataset(load_dataset(recipe.dataset, recipe.dataset_options), modality)
     epoch_plan(data.lengths, recipe.batch_tokens, recipe.seed, 0)
-    return Ingredients(recipe, modality, data, config)
+    return Ingredients(recipe, modality, data, config, encoder.options)
+
+
+def _text_encoder(recipe: Recipe) -> nn.Module:
+    encoder = load_text_encoder(recipe.text_encoder, recipe.text_encoder_options)
+    return encoder if recipe.text_cache is None else CachedTextEncoder(encoder, recipe.text_cache)
 
 
 def train(recipe: Recipe, runtime: Runtime) -> None:
@@ -122,6 +128,8 @@ def train(recipe: Recipe, runtime: Runtime) -> None:
     if runtime.rank == 0:
         run.rewind(state.step)
         run.event("start", step=state.step, steps=recipe.steps, workers=workers)
+    if not _fill_text_cache(state.model.text_encoder, parts, run, runtime):
+        return
     if recipe.checkpoint_activations:
         checkpoint_blocks(state.model.backbone)
     model = _parallel(state.model, runtime)
@@ -160,6 +168,35 @@ def train(recipe: Recipe, runtime: Runtime) -> None:
                 return
     if runtime.rank == 0:
         run.event("end", step=state.step)
+
+
+def _fill_text_cache(
+    encoder: nn.Module | None, parts: Ingredients, run: RunFolder, runtime: Runtime
+) -> bool:
+    """Encode the captions that no run has encoded before; False where training was stopped."""
+    if not isinstance(encoder, CachedTextEncoder):
+        return True
+    captions = {"", *parts.data.captions}  # a dropped caption is the empty one
+    encoding = encoder.fill(captions, begin=runtime.rank / runtime.world_size)
+    stop = False
+    if runtime.rank > 0:
+        stop = any(runtime.stop_requested() for _ in encoding)
+    else:
+        with Progress("encoding captions", len(captions), unit="caption") as progress:
+            for done, made in encoding:
+                note = f"{made} new"
+                if done == len(captions):
+                    kept, size = encoder.cache.size()
+                    note += f"; {kept} take {size / 1e6:.1f} MB in {encoder.cache.folder}"
+                    run.event("text_cache", made=made, captions=kept, bytes=size)
+                progress.to(done, note)
+                stop = runtime.stop_requested()
+                if stop:
+                    break
+    votes = torch.tensor(float(stop), device=runtime.device)
+    if runtime.world_size > 1:
+        dist.all_reduce(votes)
+    return votes.item() == 0
 
 
 def _backward(
@@ -290,9 +327,5 @@ def _resume(state: TrainState, run: RunFolder) -> None:
     if newest is None:
         return
     check_format(newest)
-    average = {
-        f"{part}.{name}": tensor
-        for part in ("backbone", "text_encoder")
-        for name, tensor in load_part(newest / part, torch.device("cpu")).items()
-    }
+    average = load_parts(newest, state.model, torch.device("cpu"))
     state.load(newest / "training", average)

@@ -40,6 +40,7 @@ MAY_CHANGE = {
     "address",
     "device",
     "max_failures",
+    "text_cache",
 }
 
 #: More than the longest row of the loss curve.
