@@ -15,17 +15,18 @@ from nextdit_kernels.qk_norm_kernels import norm_rotate_backward_kernel, norm_ro
 
 __all__ = ["norm_rotate", "norm_rotate_backward_kernel", "norm_rotate_kernel", "why_not"]
 
-# Elements of a tile, groups times channels, at least; elements of a thread; channels of a group, at
-# most, rounded up to a power of two.
-_TILE, _THREAD, _WIDE = 2048, 16, 8192
+# Elements of a tile, groups times channels, at least; channels of a group, at most, rounded up to a
+# power of two; elements of a thread, in the first tile of a group and in that of the rest.
+_TILE, _WIDE = 2048, 8192
+_THREAD, _REST_THREAD = 16, 8
 
 # Registers of a thread, forward and backward, for 16-bit tensors. Left to itself the compiler aims
 # at fewer on some architectures, and spills. A multiprocessor has 2048 for each of the 32 threads
-# of a warp, so 2048 / registers warps run at once. On compute capability 10.0 the backward pass
-# over 1152, 5120 or 8192 channels still spills 16 to 32 bytes; more registers would cost programs.
+# of a warp, so 2048 / registers warps run at once. Some passes over 576, 1152, 4608
+# or 5120 channels still spill 8 to 32 bytes; more registers would cost programs.
 _REGISTERS = {
     ("layer", "hidden"): (128, 168),
-    ("rms", "hidden"): (128, 128),
+    ("rms", "hidden"): (128, 168),
     ("layer", "head"): (80, 128),
     ("rms", "head"): (64, 128),
 }
@@ -212,9 +213,12 @@ def _plan(
         constants[f"{name}_GROUPS"] = groups
         constants[f"{name}_WIDTH"] = _width(x, over)
         constants[f"{name}_BLOCK"] = block // main
+        # So many blocks of groups in a step that the rests of all give a thread whole loads.
+        together = main * _REST_THREAD // (rest * _THREAD) if rest else 1
+        constants[f"{name}_BLOCKS"] = together
         constants[f"{name}_MAIN"] = main
         constants[f"{name}_REST"] = rest
-        blocks = served.blocks(tokens * groups, block // main)
+        blocks = served.blocks(tokens * groups, block // main * together)
         steps.append(batch * blocks if x.shape[-2] and width else 0)
     programs = min(sum(steps), _processors(q.device) * max(1, 2048 // registers // warps))
     q_programs = round(programs * steps[0] / max(1, sum(steps)))
@@ -331,7 +335,11 @@ def _launch_backward(
         s_x = tuple(rotary.strides(x, 4) for x in (grad_q, grad_k, q, k))
         s_tables = rotary.strides(cos, 3), rotary.strides(sin, 3)
         constants |= _hints(s_x, s_tables, q.shape[-1], q.itemsize)
-        inputs = (grad_q, grad_k, q, k, *outputs, q_stats, k_stats)
+        means = (
+            _sums(stats, *stats.shape) if constants[f"{name}_REST"] else None
+            for name, stats in (("Q", q_stats), ("K", k_stats))
+        )
+        inputs = (grad_q, grad_k, q, k, *outputs, q_stats, k_stats, *means)
         weights = (_contiguous(q_weight), _contiguous(k_weight))
         arguments: tuple[Any, ...] = (*inputs, *weights, *sums, cos, sin, q_programs, *sizes)
         numbers = [number for stride in (*s_x, *s_tables) for number in stride]
