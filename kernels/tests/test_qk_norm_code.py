@@ -42,7 +42,7 @@ def request_for(name, direction, capability):
         torch.empty(1, 4096, count, width, dtype=dtype, device="meta")
         for count in (heads, kv_heads)
     )
-    *_, constants = qk_norm._plan(q, k, norm, over, list(KERNELS).index(direction))
+    *_, constants = qk_norm._share(q, k, norm, over, list(KERNELS).index(direction))
     options = {name: constants.pop(name) for name in ("num_warps", "maxnreg")}
     tables = ((width // 2, 1),)
     constants |= qk_norm._hints((q.stride(), k.stride()), tables, width, q.itemsize)
