@@ -1,7 +1,8 @@
 """Test and measure on a CUDA machine: `python benchmarks/gpu/run.py`; see benchmarks/README.md.
 
 The first process needs only Python: it lays out the packages of this repository as if they were
-installed and starts one process for the tests and one for the measurements.
+installed, and starts processes for the tests, which compile side by side, and then one for the
+measurements, alone. It keeps to a number of minutes: what does not fit is left out and named.
 """
 
 from __future__ import annotations
@@ -15,13 +16,26 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
+import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NO_DEVICE = 3
+#: Processes that run tests, and their share of the time.
+WORKERS, TESTS = 8, 0.45
+#: Deals the tests out to the processes, which need no further package for that.
+DEAL = """
+import os
+
+def pytest_collection_modifyitems(items):
+    mine, all_ = map(int, os.environ["TESTS_OF"].split("/"))
+    items[:] = items[mine::all_]
+"""
 SUBJECTS = ("rotation", "norms", "attention", "network")
 
 #: Batch, rows, columns of tokens.
@@ -36,29 +50,45 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU; no result")
     parser.add_argument("--no-tests", action="store_true", help="measure only")
     parser.add_argument(
+        "--minutes", type=float, default=9.0, help="end within this time; default %(default)s"
+    )
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    parser.add_argument(
         "--only", choices=SUBJECTS, action="append", help="measure this; may be repeated"
     )
     parser.add_argument("--measure", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         sys.path.insert(0, str(ROOT / "benchmarks" / "kernels"))
-        report = measure(options.only or list(SUBJECTS), smoke=options.smoke)
-        Path(options.measure).write_text(report, encoding="utf-8")
+        subjects = options.only or list(SUBJECTS)
+        measure(subjects, Path(options.measure), options.deadline, smoke=options.smoke)
         return 0
     if not options.smoke and not has_cuda():
         print("no CUDA device: nothing measured")
         return NO_DEVICE
+    begun = time.time()
+    deadline = begun + 60 * options.minutes
     with tempfile.TemporaryDirectory() as folder:
         environment = install(Path(folder), smoke=options.smoke)
         passed, tests = True, "not run"
         if not options.no_tests:
-            passed, tests = run_tests(Path(folder), environment, smoke=options.smoke)
+            end = begun + TESTS * (deadline - begun)
+            passed, tests = run_tests(Path(folder), environment, end, smoke=options.smoke)
         table = Path(folder) / "table.md"
+        # 20 seconds before the end, so that what is under way then can end too.
         command = [sys.executable, __file__, "--measure", str(table)]
+        command += ["--deadline", str(deadline - 20)]
         command += [word for subject in options.only or () for word in ("--only", subject)]
         command += ["--smoke"] if options.smoke else []
-        subprocess.run(command, env=environment, check=True)
-        report = f"{table.read_text(encoding='utf-8')}\nGPU tests: {tests}\n"
+        try:
+            left = max(20.0, deadline - time.time())
+            code = subprocess.run(command, env=environment, timeout=left).returncode
+            ended = "" if code == 0 else f"\nThe measurements ended with exit code {code}.\n"
+        except subprocess.TimeoutExpired:
+            ended = "\nThe measurements were ended for lack of time.\n"
+        passed &= not ended
+        tables = table.read_text(encoding="utf-8") if table.exists() else "Nothing measured."
+        report = f"{tables}\n{ended}\nGPU tests: {tests}\n"
     print(f"\n{report}")
     if options.smoke:
         print("smoke: the script ran; nothing above is a measurement, and nothing was written")
@@ -98,17 +128,21 @@ def install(folder: Path, *, smoke: bool) -> dict[str, str]:
     environment = dict(os.environ)
     inherited = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join([*paths, inherited] if inherited else paths)
-    environment.pop("ROPE3D_BACKEND", None)
-    environment.pop("TRITON_INTERPRET", None)
+    for name in ("ROPE3D_BACKEND", "ROPE3D_ATTENTION", "NEXTDIT_KERNELS", "TRITON_INTERPRET"):
+        environment.pop(name, None)
     if smoke:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     return environment
 
 
-def run_tests(folder: Path, environment: dict[str, str], *, smoke: bool) -> tuple[bool, str]:
+def run_tests(
+    folder: Path, environment: dict[str, str], end: float, *, smoke: bool
+) -> tuple[bool, str]:
     """Run the tests marked gpu, and on a GPU all tests of the kernels, which then run natively.
 
-    Only files that mention the mark are collected, since others may import what is not here.
+    Only files that mention the mark are collected, since others may import what is not here; those
+    of code compiled ahead of time need no GPU and are left to machines without one. So is what the
+    repository's own conftest.py imports.
     """
     settings = folder / "pytest.ini"
     settings.write_text(
@@ -116,27 +150,58 @@ def run_tests(folder: Path, environment: dict[str, str], *, smoke: bool) -> tupl
         "markers =\n  gpu: needs a CUDA device\n  ray: starts Ray\n  slow: takes minutes\n",
         encoding="utf-8",
     )
+    (folder / "deal.py").write_text(DEAL, encoding="utf-8")
+    kernels = ROOT / "kernels" / "tests"
     candidates = [*ROOT.glob("packages/*/tests/**/test_*.py"), *ROOT.glob("tests/**/test_*.py")]
-    candidates += ROOT.glob("kernels/tests/**/test_*.py")
+    candidates += kernels.glob("**/test_*.py")
     marked = sorted(
         str(file) for file in candidates if "mark.gpu" in file.read_text(encoding="utf-8")
     )
-    kernels = str(ROOT / "kernels" / "tests")
     runs = [[*marked, "-m", "gpu"]]
     if not smoke:
-        runs = [[kernels]]
-        others = [file for file in marked if not file.startswith(kernels)]
+        others = [file for file in marked if not file.startswith(str(kernels))]
+        native = sorted(map(str, kernels.glob("test_*.py")))
+        native = [file for file in native if not file.endswith("code.py")]
+        runs = [[*native, "-m", "not slow"]]
         runs += [[*others, "-m", "gpu"]] if others else []
-    passed, summaries = True, []
-    for arguments in runs:
-        command = [sys.executable, "-m", "pytest", "-c", str(settings), f"--rootdir={ROOT}"]
-        done = subprocess.run(
-            [*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True
-        )
-        print(done.stdout, done.stderr, flush=True)
-        passed &= done.returncode == 0
-        summaries.append((done.stdout.strip().splitlines() or ["no output"])[-1].strip("= "))
-    return passed, "; ".join(summaries)
+    workers = max(1, min(WORKERS, (os.cpu_count() or 1) // 2))
+    command = [sys.executable, "-m", "pytest", "-c", str(settings), f"--rootdir={ROOT}"]
+    command += [f"--confcutdir={ROOT / 'kernels'}", "-p", "deal"]
+
+    def run(arguments: list[str], worker: int) -> tuple[int, str]:
+        own = environment | {"TESTS_OF": f"{worker}/{workers}"}
+        left = max(1.0, end - time.time())
+        with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+            try:
+                code = subprocess.run(
+                    [*command, *arguments],
+                    env=own,
+                    cwd=ROOT,
+                    stdout=said,
+                    stderr=subprocess.STDOUT,
+                    timeout=left,
+                ).returncode
+            except subprocess.TimeoutExpired:
+                code = 1
+                said.write("\nended for lack of time")
+            said.seek(0)
+            return code, said.read()
+
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(run, each, worker) for each in runs for worker in range(workers)]
+    passed, counts = True, dict[str, int]()
+    for job in jobs:
+        code, said = job.result()
+        if code not in (0, 5):  # 5: there was no test for this process
+            passed = False
+            print(said, flush=True)
+        last = (said.strip().splitlines() or ["no output"])[-1]
+        found = re.findall(r"(\d+) (passed|failed|errors?|skipped)", last)
+        for number, word in found:
+            counts[word] = counts.get(word, 0) + int(number)
+        if code not in (0, 1, 5) or not (found or code == 5):
+            counts[last.strip("= ")[:80]] = counts.get(last.strip("= ")[:80], 0) + 1
+    return passed, ", ".join(f"{number} {word}" for word, number in counts.items()) or "none"
 
 
 def write(report: str) -> Path:
@@ -153,19 +218,27 @@ def write(report: str) -> Path:
 # What follows runs in its own process, with the packages on its path.
 
 
-def measure(subjects: list[str], *, smoke: bool) -> str:
-    """Time everything and give the report as Markdown."""
-    from subjects import tables
+def measure(subjects: list[str], file: Path, deadline: float | None, *, smoke: bool) -> None:
+    """Time everything and write the report as Markdown, after each subject what there is of it."""
+    from subjects import table
 
     title = "# Smoke run on the CPU: no measurement" if smoke else "# Kernels and Next-DiT"
     rounds = 2 if smoke else 50
+    deadline = deadline or time.time() + 3600
     parts = [title, conditions(smoke=smoke)]
-    parts.append(tables([name for name in subjects if name != "network"], rounds, smoke=smoke))
-    if "network" in subjects:
-        rounds = max(2, rounds // 5)
-        parts.append(f"## Next-DiT, bfloat16, not compiled, median of {rounds} rounds")
-        parts.append(network(IMAGES_SMOKE if smoke else IMAGES, rounds, smoke=smoke))
-    return "\n\n".join(parts)
+    for subject in subjects:
+        try:
+            if time.time() > deadline:
+                parts.append(f"## {subject.capitalize()}: no time left")
+            elif subject == "network":
+                few = max(2, rounds // 5)
+                parts.append(f"## Next-DiT, bfloat16, not compiled, median of {few} rounds")
+                parts.append(network(IMAGES_SMOKE if smoke else IMAGES, few, smoke=smoke))
+            else:
+                parts += table(subject, rounds, deadline, smoke=smoke)
+        except Exception:  # the other subjects are worth having
+            parts.append(f"{subject} failed:\n\n```\n{traceback.format_exc()}```")
+        file.write_text("\n\n".join(parts), encoding="utf-8")
 
 
 def conditions(*, smoke: bool) -> str:

@@ -100,9 +100,15 @@ def timed(runs: dict[str, Run], rounds: int, *, smoke: bool) -> dict[str, list[f
 
 
 def host_time(run: Run, *, smoke: bool) -> float:
-    """Give the seconds that the host spends in one call, median of 100, device idle before each."""
+    """Give the seconds that the host spends in one call, device idle before each.
+
+    Median of 100, of fewer where they take more than a second.
+    """
     times: list[float] = []
+    end = time.perf_counter() + 1
     for _ in range(2 if smoke else 100):
+        if times and time.perf_counter() > end:
+            break
         begin = time.perf_counter()
         run()
         times.append(time.perf_counter() - begin)
@@ -111,47 +117,73 @@ def host_time(run: Run, *, smoke: bool) -> float:
     return statistics.median(times)
 
 
-def table(contests: Iterable[Contest], rounds: int, *, smoke: bool) -> str:
-    """Time contests one after another and give the table as Markdown."""
+def table(
+    contests: Iterable[Iterable[Contest]], rounds: int, deadline: float, *, smoke: bool
+) -> str:
+    """Time contests one after another and give the table as Markdown.
+
+    A shape that fails, or for which no time is left, says so and leaves the others alone.
+    """
     device = "cpu" if smoke else "cuda"
     size = 64 if smoke else 8192
     factors = torch.randn(2, size, size, device=device, dtype=torch.bfloat16)
     head = ("what", "shape", "who", "µs", "20 % – 80 %", "GB/s", "of copy", "TFLOP/s", "of matmul")
     rows = [(*head, "host µs")]
-    for contest in contests:
-        print(f"  {contest.what} {contest.shape}", flush=True)
-        yardsticks: dict[str, Run] = {}
-        if contest.moved:
-            source = torch.randint(256, (contest.moved // 2,), dtype=torch.uint8, device=device)
-            yardsticks["device copy"] = partial(torch.empty_like(source).copy_, source)
-        if contest.operations:
-            yardsticks["matmul"] = partial(torch.matmul, factors[0], factors[1])
-        entered = {name: run for name, run in contest.runs.items() if not isinstance(run, str)}
-        times = timed(yardsticks | entered, rounds, smoke=smoke)
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        for name in (*yardsticks, *contest.runs):
-            if name not in times:
-                rows.append((contest.what, contest.shape, name, str(contest.runs[name]), *[""] * 6))
-                continue
-            own = 2 * size**3 if name == "matmul" else contest.operations
-            seconds = medians[name]
-            bytes_rate = f"{contest.moved / seconds / 1e9:.0f}" if contest.moved else ""
-            of_copy = f"{medians['device copy'] / seconds:.2f}" if contest.moved else ""
-            rate = own / seconds / 1e12
-            best = 2 * size**3 / medians["matmul"] / 1e12 if contest.operations else 0.0
-            low, high = quantiles(times[name])
-            host = host_time((yardsticks | entered)[name], smoke=smoke)
-            rows.append(
-                (
-                    *(contest.what, contest.shape, name, f"{seconds * 1e6:.1f}"),
-                    f"{low * 1e6:.1f} – {high * 1e6:.1f}",
-                    *("" if name == "matmul" else cell for cell in (bytes_rate, of_copy)),
-                    f"{rate:.0f}" if contest.operations and name != "device copy" else "",
-                    f"{rate / best:.2f}" if contest.operations and name != "device copy" else "",
-                    f"{host * 1e6:.1f}",
-                )
-            )
+    for shape in contests:
+        try:
+            for contest in shape:
+                if time.time() > deadline:
+                    rows.append((contest.what, contest.shape, "no time left", *[""] * 7))
+                    break
+                rows += timed_rows(contest, factors, size, rounds, smoke=smoke)
+        except Exception as failure:  # out of memory, or a compiler's fault
+            said = (str(failure).strip().splitlines() or [""])[0][:80]
+            rows.append((f"failed: {type(failure).__name__}: {said}", *[""] * 9))
+        if time.time() > deadline:
+            rows.append(("no time left for other shapes", *[""] * 9))
+            break
     return markdown(rows)
+
+
+def timed_rows(
+    contest: Contest, factors: Tensor, size: int, rounds: int, *, smoke: bool
+) -> list[tuple[str, ...]]:
+    """Time a contest and give its rows."""
+    rows: list[tuple[str, ...]] = []
+    device = factors.device
+    print(f"  {contest.what} {contest.shape}", flush=True)
+    yardsticks: dict[str, Run] = {}
+    if contest.moved:
+        source = torch.randint(256, (contest.moved // 2,), dtype=torch.uint8, device=device)
+        yardsticks["device copy"] = partial(torch.empty_like(source).copy_, source)
+    if contest.operations:
+        yardsticks["matmul"] = partial(torch.matmul, factors[0], factors[1])
+    entered = {name: run for name, run in contest.runs.items() if not isinstance(run, str)}
+    times = timed(yardsticks | entered, rounds, smoke=smoke)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name in (*yardsticks, *contest.runs):
+        if name not in times:
+            rows.append((contest.what, contest.shape, name, str(contest.runs[name]), *[""] * 6))
+            continue
+        own = 2 * size**3 if name == "matmul" else contest.operations
+        seconds = medians[name]
+        bytes_rate = f"{contest.moved / seconds / 1e9:.0f}" if contest.moved else ""
+        of_copy = f"{medians['device copy'] / seconds:.2f}" if contest.moved else ""
+        rate = own / seconds / 1e12
+        best = 2 * size**3 / medians["matmul"] / 1e12 if contest.operations else 0.0
+        low, high = quantiles(times[name])
+        host = host_time((yardsticks | entered)[name], smoke=smoke)
+        rows.append(
+            (
+                *(contest.what, contest.shape, name, f"{seconds * 1e6:.1f}"),
+                f"{low * 1e6:.1f} – {high * 1e6:.1f}",
+                *("" if name == "matmul" else cell for cell in (bytes_rate, of_copy)),
+                f"{rate:.0f}" if contest.operations and name != "device copy" else "",
+                f"{rate / best:.2f}" if contest.operations and name != "device copy" else "",
+                f"{host * 1e6:.1f}",
+            )
+        )
+    return rows
 
 
 def quantiles(values: list[float]) -> tuple[float, float]:

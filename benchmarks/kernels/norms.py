@@ -26,12 +26,13 @@ BLOCK_SMOKE = [(2, 9, 48, 64)]
 EPS = 1e-5
 
 
-def contests(*, smoke: bool) -> Iterator[Contest]:
-    """Build one contest after another, so that only one holds memory."""
-    for shape in NORM_ROTATE_SMOKE if smoke else NORM_ROTATE:
-        yield from norm_rotate(*shape, smoke=smoke)
-    for sizes in BLOCK_SMOKE if smoke else BLOCK:
-        yield from block(*sizes, smoke=smoke)
+def contests(*, smoke: bool) -> list[Iterator[Contest]]:
+    """Give the contests of each shape, built one after another, so that only one holds memory."""
+    shapes, sizes = (NORM_ROTATE_SMOKE, BLOCK_SMOKE) if smoke else (NORM_ROTATE, BLOCK)
+    return [
+        *(norm_rotate(*shape, smoke=smoke) for shape in shapes),
+        *(block(*size, smoke=smoke) for size in sizes),
+    ]
 
 
 def both_ways(

@@ -16,10 +16,9 @@ SHAPES = [(1, 4096, 32, 8, 72), (1, 16384, 32, 8, 72), (1, 4096, 24, 24, 128)]
 SMOKE = [(1, 40, 4, 2, 72)]
 
 
-def contests(*, smoke: bool) -> Iterator[Contest]:
-    """Build one contest after another, so that only one holds memory."""
-    for shape in SMOKE if smoke else SHAPES:
-        yield from contest(*shape, smoke=smoke)
+def contests(*, smoke: bool) -> list[Iterator[Contest]]:
+    """Give the contests of each shape, built one after another, so that only one holds memory."""
+    return [contest(*shape, smoke=smoke) for shape in (SMOKE if smoke else SHAPES)]
 
 
 def contest(

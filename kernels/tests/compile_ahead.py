@@ -34,26 +34,32 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
         target=GPUTarget("cuda", request["capability"], 32),
         options=request.get("options"),
     )
-    registers, stack = usage(built.asm["cubin"])
+    said = ask("-res-usage", built.asm["cubin"])
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert usage is not None, said
     return {
         "ptx": built.asm["ptx"],
-        "sass": built.asm["sass"],
+        "sass": instructions(built.asm["cubin"]),
         "shared": built.metadata.shared,
-        "registers": registers,
-        "stack": stack,
+        "registers": int(usage[1]),
+        "stack": int(usage[2]),
     }
 
 
-def usage(cubin: bytes) -> tuple[int, int]:
-    """Ask the disassembler for a thread's registers and bytes of stack."""
+def instructions(cubin: bytes) -> str:
+    """Disassemble, an instruction a line. Triton's own listing ends after 4096 instructions."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*;", ask("-sass", cubin))
+    assert [int(address, 16) for address, _ in lines] == [16 * i for i in range(len(lines))]
+    return "\n".join(instruction for _, instruction in lines)
+
+
+def ask(question: str, cubin: bytes) -> str:
+    """Ask NVIDIA's cuobjdump, which comes with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
-    assert found is not None, said
-    return int(found[1]), int(found[2])
+        command = [knobs.nvidia.cuobjdump.path, question, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ SHAPES = {  # batch, tokens, heads, kv_heads, head_dim
     "one-pair": (1, 3, 2, 1, 2),
     "odd-length": (2, 7, 3, 3, 24),
     "lumina": (1, 3, 32, 8, 72),
+    "lumina-two-samples": (2, 6, 32, 8, 72),
     "more-key-heads": (2, 3, 2, 9, 96),
     "two-tiles": (1, 5, 9, 1, 64),
     "widest-head": (1, 5, 2, 1, 256),

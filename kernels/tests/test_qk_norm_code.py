@@ -1,7 +1,6 @@
 """The machine code of QK-norm with rotation, compiled ahead of time."""
 
 import re
-from collections import Counter
 from inspect import signature
 
 import pytest
@@ -12,6 +11,7 @@ from nextdit_kernels import qk_norm
 CASES = {  # heads of q and of k, channels of a head, norm, over, dtype
     "lumina-next": (32, 8, 72, "layer", "hidden", torch.bfloat16),
     "lumina-next-fp32": (32, 8, 72, "layer", "hidden", torch.float32),
+    "lumina-next-rms": (32, 8, 72, "rms", "hidden", torch.float16),
     "hidden-3072": (24, 24, 128, "layer", "hidden", torch.bfloat16),
     "flux": (24, 24, 128, "rms", "head", torch.bfloat16),
     "lumina-2": (24, 8, 96, "rms", "head", torch.bfloat16),
@@ -20,7 +20,8 @@ CASES = {  # heads of q and of k, channels of a head, norm, over, dtype
 }
 REGISTERS = {  # of a thread at most: forward, backward
     "lumina-next": (128, 168),
-    "lumina-next-fp32": (168, 232),
+    "lumina-next-fp32": (208, 248),
+    "lumina-next-rms": (128, 168),
     "hidden-3072": (128, 168),
     "flux": (64, 128),
     "lumina-2": (64, 128),
@@ -30,8 +31,6 @@ REGISTERS = {  # of a thread at most: forward, backward
 KERNELS = {"forward": "norm_rotate_kernel", "backward": "norm_rotate_backward_kernel"}
 CAPABILITIES = (80, 90, 100)
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-WIDTHS = {"U16": 2, "64": 8, "128": 16}  # bytes; 4 where the instruction says nothing
-
 COMPILED = [(n, d, c) for n in CASES for d in KERNELS for c in CAPABILITIES]
 
 
@@ -43,15 +42,16 @@ def request_for(name, direction, capability):
         torch.empty(1, 4096, count, width, dtype=dtype, device="meta")
         for count in (heads, kv_heads)
     )
-    *_, constants = qk_norm._plan(q, k, norm, over, list(KERNELS).index(direction))
+    *_, constants = qk_norm._share(q, k, norm, over, list(KERNELS).index(direction))
     options = {name: constants.pop(name) for name in ("num_warps", "maxnreg")}
     tables = ((width // 2, 1),)
     constants |= qk_norm._hints((q.stride(), k.stride()), tables, width, q.itemsize)
     constants |= {n: 1 for n in names if n[-3:] in ("_sd", "_sp")}
     constants |= {n: None for n in names if norm == "rms" and "_bias" in n}
+    constants |= {n: None for n in names if "_means" in n and not constants[f"{n[0].upper()}_REST"]}
     types = dict.fromkeys(names, "i32") | {"eps": "fp32"}
     types |= {n: TYPES[dtype] for n in names if n.endswith("_ptr")}
-    types |= {n: "*fp32" for n in names if re.search(r"(stats|sums|cos|sin)_ptr$", n)}
+    types |= {n: "*fp32" for n in names if re.search(r"(stats|means|sums|cos|sin)_ptr$", n)}
     return {
         "kernel": f"nextdit_kernels.qk_norm:{kernel}",
         "capability": capability,
@@ -69,10 +69,45 @@ def built(compile_ahead):
     )
 
 
-def accesses(sass, instruction):
-    """Count the global accesses of a thread by their bytes."""
-    found = re.findall(rf"\b{instruction}\.E(?:\.(\w+))?", sass)
-    return Counter(WIDTHS.get(width, 4) for width in found)
+def widths(ptx, direction, constants):
+    """Give the bytes of a thread's global loads and stores by the tensor that they touch.
+
+    An address is followed back through all registers that it is computed from, to the pointer among
+    the kernel's arguments.
+    """
+    arguments = signature(getattr(qk_norm, KERNELS[direction]).fn).parameters
+    names = [n for n in arguments if n not in constants]
+    sources, accesses = {}, []
+    for line in ptx.splitlines():
+        found = re.match(r"\s*(?:@!?%p\d+ )?([a-z]\w*)((?:\.\w+)*)\s+(.*);", line)
+        if found is None:
+            continue
+        operation, kind, operands = found.groups()
+        if operation in ("ld", "st") and kind.startswith(".global"):
+            address = re.search(r"\[\s*(%\w+)", operands)[1]
+            count = re.search(r"\.v(\d)", kind)
+            bits = int(re.search(r"(\d+)$", kind)[1]) * (int(count[1]) if count else 1)
+            accesses.append((operation, address, bits // 8))
+        else:
+            target, *others = re.findall(r"%\w+|_param_\d+", operands) or [None]
+            sources.setdefault(target, set()).update(others)
+
+    def pointers(register, seen):
+        if register.startswith("_param_"):
+            number = int(register.removeprefix("_param_"))
+            return {names[number]} if names[number].endswith("_ptr") else set()
+        seen.add(register)
+        return set().union(
+            *(pointers(each, seen) for each in sources.get(register, ()) if each not in seen)
+        )
+
+    found = {"ld": {}, "st": {}}
+    for operation, register, size in accesses:
+        tensors = pointers(register, set())  # two where the code for q and k ends in common
+        assert tensors
+        for name in tensors:
+            found[operation].setdefault(name.removesuffix("_ptr"), set()).add(size)
+    return found
 
 
 each_case = pytest.mark.parametrize("name", CASES)
@@ -95,25 +130,20 @@ def test_registers_hold_everything(built, name, direction, capability) -> None:
 @each_capability
 @each_direction
 @each_case
-def test_tensors_are_read_16_bytes_at_a_time(built, name, direction, capability) -> None:
-    heads, _, width, norm, over, dtype = CASES[name]
-    sass = built[name, direction, capability]["sass"]
-    loads, stores = accesses(sass, "LDG"), accesses(sass, "STG")
-    tensors = 1 if direction == "forward" else 2
-    each = 16 * dtype.itemsize // 16  # loads of 16 bytes for the 16 numbers of a thread
-    # Of q and k: x, and dy in the backward pass; cosines and sines, 8 numbers of each.
-    assert loads[16] >= 2 * (tensors * each + 4)
-    assert stores[16] >= 2 * each
-    if qk_norm._tiles(qk_norm._width(torch.empty(heads, width), over))[1]:
-        # The rest of a row is narrow: its 256 or 64 channels are 4 bytes for each thread.
-        wide = 16 * (loads[16] + stores[16])
-        assert wide >= 0.75 * sum(b * n for c in (loads, stores) for b, n in c.items())
-        return
-    parameters = 2 * (2 if norm == "layer" else 1)  # loaded once, 1 or 2 channels by each thread
-    statistics = 2 * (2 if norm == "layer" else 1)  # a number for each group, q and k
-    if direction == "forward":
-        assert sum(loads.values()) - loads[16] <= parameters
-        assert sum(stores.values()) - stores[16] <= statistics
-    else:  # at most two groups for each thread
-        assert sum(loads.values()) - loads[16] <= 2 * statistics + parameters
-        assert sum(stores.values()) - stores[16] <= parameters
+def test_tensors_go_16_bytes_at_a_time(built, name, direction, capability) -> None:
+    heads, _, width, _, over, _ = CASES[name]
+    constants = request_for(name, direction, capability)["constants"]
+    found = widths(built[name, direction, capability]["ptx"], direction, constants)
+    tensors = {"q", "k", "cos", "sin"} | ({"dq", "dk"} if direction == "backward" else set())
+    assert all(found["ld"].pop(tensor) == {16} for tensor in tensors)
+    assert all(found["st"].pop(tensor) == {16} for tensor in ("q_out", "k_out"))
+    # Weights too, but for the forward pass over heads, which loads them once for all groups.
+    for parameter in [n for n in found["ld"] if n.endswith(("weight", "bias"))]:
+        loads = found["ld"].pop(parameter)
+        assert loads == {16} or (over == "head" and direction == "forward")
+    # What is left is a number or two of each group; the sums of a program are stored once.
+    for operation in found.values():
+        assert all(size <= {4} for n, size in operation.items() if n.endswith(("stats", "means")))
+    assert set(found["ld"]) <= {"q_stats", "k_stats", "q_means", "k_means"}
+    rest = qk_norm._tiles(qk_norm._width(torch.empty(heads, width), over))[1]
+    assert ("q_stats" in found["ld"]) == (direction == "backward" or rest > 0)

@@ -7,7 +7,7 @@ gate and up are kept, and the backward pass computes silu again.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -181,16 +181,26 @@ def _check(gate: Tensor, up: Tensor) -> None:
 
 def _as_samples(x: Tensor) -> Tensor:
     """View as `[batch, tokens, width]`; a copy only where more dimensions do not merge."""
+    if x.ndim == 3:
+        return x
     return x.flatten(0, -3) if x.ndim > 3 else x[(None,) * (3 - x.ndim)]
 
 
-def _run(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
-    """Launch a kernel over inputs of any strides, and outputs as `_outputs` makes them."""
-    reason = why_not(inputs[-2], inputs[-1])
+class _Plan(NamedTuple):
+    grid: tuple[int, int]
+    numbers: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+@served.remembered
+def _plan(*inputs: Tensor) -> _Plan:
+    """Check gate and up, or the gradient before them, and give what the kernel is told besides."""
+    *grads, gate, up = inputs
+    for x in (gate, *grads):
+        _check(x, up)
+    reason = why_not(gate, up)
     if reason is not None:
         raise ValueError(f"the Triton kernel cannot take these tensors: {reason}")
-    if inputs[0].numel() == 0:
-        return
     samples = [_as_samples(x) for x in inputs]
     batch, tokens, width = samples[0].shape
     block_w = min(_WIDE, max(16, served.power_of_2(width)))
@@ -204,16 +214,23 @@ def _run(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -
         )
         for x in samples
     ]
-    constants: dict[str, Any] = {
+    constants = {
         "W": width,
-        "VECTOR": served.aligned(width, inputs[0].itemsize, *strides),
+        "VECTOR": served.aligned(width, gate.itemsize, *strides),
         "BLOCK_T": block_t,
         "BLOCK_W": block_w,
     }
     grid = (batch * served.blocks(tokens, block_t), served.blocks(width, block_w))
-    numbers = [number for stride in strides for number in stride]
+    return _Plan(grid, (tokens, *(number for stride in strides for number in stride)), constants)
+
+
+def _run(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], plan: _Plan) -> None:
+    """Launch a kernel over inputs of any strides, and outputs as `_outputs` makes them."""
+    if 0 in plan.grid:
+        return
+    samples = (_as_samples(x) for x in inputs)
     with torch.cuda.device(inputs[0].device) if inputs[0].is_cuda else nullcontext():
-        kernel[grid](*samples, *outputs, tokens, *numbers, **constants)
+        kernel[plan.grid](*samples, *outputs, *plan.numbers, **plan.constants)
 
 
 def _outputs(x: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -222,9 +239,9 @@ def _outputs(x: Tensor, count: int) -> tuple[Tensor, ...]:
 
 def _launch(gate: Tensor, up: Tensor) -> Tensor:
     """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
-    _check(gate, up)
+    plan = _plan(gate, up)
     (out,) = _outputs(gate, 1)
-    _run(swiglu_kernel, (gate, up), (out,))
+    _run(swiglu_kernel, (gate, up), (out,), plan)
     return out
 
 
@@ -235,10 +252,9 @@ def _fake(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _launch_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
-    _check(gate, up)
-    _check(grad, up)
+    plan = _plan(grad, gate, up)
     outputs = _outputs(gate, 2)
-    _run(swiglu_backward_kernel, (grad, gate, up), outputs)
+    _run(swiglu_backward_kernel, (grad, gate, up), outputs, plan)
     return outputs
 
 

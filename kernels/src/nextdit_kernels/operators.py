@@ -63,9 +63,16 @@ def define(
     differentiable: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or _seen_by_others(arguments):
+        if torch.compiler.is_compiling() or _watched():
             return operator(*arguments)
-        if torch.is_grad_enabled() and _asks_gradient(arguments):
+        recorded = False
+        for x in arguments:  # a loop, as this is part of every call
+            kind = type(x)
+            if kind is Tensor or kind is Parameter:
+                recorded = recorded or x.requires_grad
+            elif isinstance(x, Tensor):  # a subclass, which wants to see the operator
+                return operator(*arguments)
+        if recorded and torch.is_grad_enabled():
             return differentiable.apply(*arguments)
         return launch(*arguments)
 
@@ -89,16 +96,8 @@ def _refusal(name: str) -> Callable[..., Any]:
     return backward
 
 
-def _seen_by_others(arguments: tuple[Any, ...]) -> bool:
-    """Tell whether somebody must see the operator: a mode, a transform or a tensor subclass."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack():
-        return True
-    for x in arguments:  # a loop, as this is part of every call
-        kind = type(x)
-        if kind is not Tensor and kind is not Parameter and isinstance(x, Tensor):
-            return True
-    return False
-
-
-def _asks_gradient(arguments: tuple[Any, ...]) -> bool:
-    return any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+def _watched() -> bool:
+    """Tell whether a mode or a transform must see the operator."""
+    return bool(
+        torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack()
+    )

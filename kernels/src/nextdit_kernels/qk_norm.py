@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,17 +15,18 @@ from nextdit_kernels.qk_norm_kernels import norm_rotate_backward_kernel, norm_ro
 
 __all__ = ["norm_rotate", "norm_rotate_backward_kernel", "norm_rotate_kernel", "why_not"]
 
-# Elements of a tile, groups times channels, at least; elements of a thread; channels of a group, at
-# most, rounded up to a power of two.
-_TILE, _THREAD, _WIDE = 2048, 16, 8192
+# Elements of a tile, groups times channels, at least; channels of a group, at most, rounded up to a
+# power of two; elements of a thread, in the first tile of a group and in that of the rest.
+_TILE, _WIDE = 2048, 8192
+_THREAD, _REST_THREAD = 16, 8
 
 # Registers of a thread, forward and backward, for 16-bit tensors. Left to itself the compiler aims
 # at fewer on some architectures, and spills. A multiprocessor has 2048 for each of the 32 threads
-# of a warp, so 2048 / registers warps run at once. On compute capability 10.0 the backward pass
-# over 1152, 5120 or 8192 channels still spills 16 to 32 bytes; more registers would cost programs.
+# of a warp, so 2048 / registers warps run at once. Some passes over 576, 1152, 4608
+# or 5120 channels still spill 8 to 32 bytes; more registers would cost programs.
 _REGISTERS = {
     ("layer", "hidden"): (128, 168),
-    ("rms", "hidden"): (128, 128),
+    ("rms", "hidden"): (128, 168),
     ("layer", "head"): (80, 128),
     ("rms", "head"): (64, 128),
 }
@@ -189,7 +190,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _plan(
+def _share(
     q: Tensor, k: Tensor, norm: str, over: str, direction: int
 ) -> tuple[int, int, tuple[int, int], dict[str, Any]]:
     """Share the groups out among as many programs as the device runs at once.
@@ -212,9 +213,12 @@ def _plan(
         constants[f"{name}_GROUPS"] = groups
         constants[f"{name}_WIDTH"] = _width(x, over)
         constants[f"{name}_BLOCK"] = block // main
+        # So many blocks of groups in a step that the rests of all give a thread whole loads.
+        together = main * _REST_THREAD // (rest * _THREAD) if rest else 1
+        constants[f"{name}_BLOCKS"] = together
         constants[f"{name}_MAIN"] = main
         constants[f"{name}_REST"] = rest
-        blocks = served.blocks(tokens * groups, block // main)
+        blocks = served.blocks(tokens * groups, block // main * together)
         steps.append(batch * blocks if x.shape[-2] and width else 0)
     programs = min(sum(steps), _processors(q.device) * max(1, 2048 // registers // warps))
     q_programs = round(programs * steps[0] / max(1, sum(steps)))
@@ -237,6 +241,85 @@ def _contiguous(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
 
+class _Plan(NamedTuple):
+    programs: int
+    q_programs: int
+    k_programs: int
+    numbers: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+@served.remembered
+def _plan_forward(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    norm: str,
+    over: str,
+) -> _Plan:
+    """Check the tensors, and give what the forward kernel is told besides them."""
+    q_parameters = {"q_weight": q_weight, "q_bias": q_bias}
+    k_parameters = {"k_weight": k_weight, "k_bias": k_bias}
+    _check(q, k, cos, sin, norm, over, q_parameters, k_parameters)
+    return _plan_kernel(q, k, cos, sin, (q, k), norm, over, _FORWARD)
+
+
+@served.remembered
+def _plan_backward(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    norm: str,
+    over: str,
+) -> _Plan:
+    _check_backward(grad_q, grad_k, q, k, cos, sin, q_weight, k_weight, norm, over)
+    _refuse_unserved(grad_q, grad_k, over)
+    return _plan_kernel(q, k, cos, sin, (grad_q, grad_k, q, k), norm, over, _BACKWARD)
+
+
+def _plan_kernel(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    strided: tuple[Tensor, ...],
+    norm: str,
+    over: str,
+    direction: int,
+) -> _Plan:
+    _refuse_unserved(q, k, over)
+    q_programs, k_programs, sizes, constants = _share(q, k, norm, over, direction)
+    s_x = tuple(rotary.strides(x, 4) for x in strided)
+    s_tables = rotary.strides(cos, 3), rotary.strides(sin, 3)
+    constants |= _hints(s_x, s_tables, q.shape[-1], q.itemsize)
+    numbers = (q_programs, *sizes, *(n for stride in (*s_x, *s_tables) for n in stride))
+    return _Plan(q_programs + k_programs, q_programs, k_programs, numbers, constants)
+
+
+def _refuse_unserved(q: Tensor, k: Tensor, over: str) -> None:
+    reason = why_not(q, k, over=over)
+    if reason is not None:
+        raise ValueError(f"the Triton kernel cannot take these tensors: {reason}")
+
+
+def _start(kernel: Any, plan: _Plan, *arguments: Any) -> None:
+    """Launch a kernel on the device of its first argument."""
+    if plan.programs:
+        x = arguments[0]
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            kernel[(plan.programs,)](*arguments, *plan.numbers, **plan.constants)
+
+
 def _launch(
     q: Tensor,
     k: Tensor,
@@ -251,21 +334,12 @@ def _launch(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
-    outputs = _fake(q, k, cos, sin, q_weight, q_bias, k_weight, k_bias, norm, over, eps)
-    reason = why_not(q, k, over=over)
-    if reason is not None:
-        raise ValueError(f"the Triton kernel cannot take these tensors: {reason}")
-    q_programs, k_programs, sizes, constants = _plan(q, k, norm, over, _FORWARD)
-    if q_programs + k_programs == 0:
-        return outputs
-    s_x = rotary.strides(q, 4), rotary.strides(k, 4)
-    s_tables = rotary.strides(cos, 3), rotary.strides(sin, 3)
-    constants |= _hints(s_x, s_tables, q.shape[-1], q.itemsize)
-    parameters = [_contiguous(x) for x in (q_weight, q_bias, k_weight, k_bias)]
-    arguments: tuple[Any, ...] = (q, k, *outputs, *parameters, cos, sin, eps, q_programs, *sizes)
-    numbers = [number for stride in (*s_x, *s_tables) for number in stride]
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        norm_rotate_kernel[(q_programs + k_programs,)](*arguments, *numbers, **constants)
+    given = (q_weight, q_bias, k_weight, k_bias)
+    plan = _plan_forward(q, k, cos, sin, *given, norm, over)
+    parameters = [_contiguous(x) for x in given]
+    q_out, k_out = _outputs(q, k)
+    outputs = q_out, k_out, _statistics(q, norm, over), _statistics(k, norm, over)
+    _start(norm_rotate_kernel, plan, q, k, *outputs, *parameters, cos, sin, eps)
     return outputs
 
 
@@ -315,30 +389,20 @@ def _launch_backward(
     over: str,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    _check_backward(grad_q, grad_k, q, k, cos, sin, q_weight, k_weight, norm, over)
-    reason = why_not(q, k, over=over) or why_not(grad_q, grad_k, over=over)
-    if reason is not None:
-        raise ValueError(f"the Triton kernel cannot take these tensors: {reason}")
+    plan = _plan_backward(grad_q, grad_k, q, k, cos, sin, q_weight, k_weight, norm, over)
     outputs = _outputs(q, k)
-    q_programs, k_programs, sizes, constants = _plan(q, k, norm, over, _BACKWARD)
+    programs = plan.q_programs, plan.q_programs, plan.k_programs, plan.k_programs
     sums = [
-        _sums(x, programs, _width(x, over)) if asked else None
-        for x, programs, asked in zip(
-            (q, q, k, k), (q_programs, q_programs, k_programs, k_programs), wanted, strict=True
-        )
+        _sums(x, count, _width(x, over)) if asked else None
+        for x, count, asked in zip((q, q, k, k), programs, wanted, strict=True)
     ]
-    if q_programs + k_programs:
-        s_x = tuple(rotary.strides(x, 4) for x in (grad_q, grad_k, q, k))
-        s_tables = rotary.strides(cos, 3), rotary.strides(sin, 3)
-        constants |= _hints(s_x, s_tables, q.shape[-1], q.itemsize)
-        inputs = (grad_q, grad_k, q, k, *outputs, q_stats, k_stats)
-        weights = (_contiguous(q_weight), _contiguous(k_weight))
-        arguments: tuple[Any, ...] = (*inputs, *weights, *sums, cos, sin, q_programs, *sizes)
-        numbers = [number for stride in (*s_x, *s_tables) for number in stride]
-        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-            norm_rotate_backward_kernel[(q_programs + k_programs,)](
-                *arguments, *numbers, **constants
-            )
+    means = (
+        _sums(stats, *stats.shape) if plan.constants[f"{name}_REST"] else None
+        for name, stats in (("Q", q_stats), ("K", k_stats))
+    )
+    inputs = (grad_q, grad_k, q, k, *outputs, q_stats, k_stats, *means)
+    weights = (_contiguous(q_weight), _contiguous(k_weight))
+    _start(norm_rotate_backward_kernel, plan, *inputs, *weights, *sums, cos, sin)
     return (*outputs, *(_sums(q, 0) if each is None else each.sum(0) for each in sums))
 
 

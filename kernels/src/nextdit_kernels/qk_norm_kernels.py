@@ -2,35 +2,40 @@
 
 A group is the channels that share a mean and a deviation: all those of a token, or those of a head.
 As many programs as the device runs at once walk over the groups of q and of k. A group is read once
-and stays in registers until it is written, normalised and turned. Weights and biases stay there
-from group to group, and so do the sums for their gradients: each program writes one row of partial
-sums, and one sum over the programs, in a fixed order, finishes them without atomics.
+and stays in registers until it is written, normalised and turned. So do the sums for the gradients
+of weights and biases, from group to group: each program writes one row of partial sums, and one sum
+over the programs, in a fixed order, finishes them without atomics.
 
 Tiles must be powers of two. A group of 2304 channels (32 heads of 72) would fill 56 % of a tile of
 4096, so its first 2048 channels are one tile and its last 256 another; likewise 576 is 512 and 64,
-four groups at a time. Compiled for compute capability 9.0 with bfloat16, LayerNorm, weight and
-bias, what a token costs (q of 2304 and k of 576), in lines of machine code times warps, is:
+four groups at a time. The rests of several groups are one tile, four of 2304, so that a thread
+loads 16 bytes of them too: first their sums are left in memory, then come the first tiles, then the
+rests again. Compiled for compute capability 9.0 with bfloat16, LayerNorm, weight and bias, what a
+token costs (q of 2304 and k of 576), in lines of machine code times warps, is:
 
     ====================  =====  ======================  ============================
     tiles of a group      lines  registers of a thread   programs of a multiprocessor
     ====================  =====  ======================  ============================
     4096, forward          3400                     111                             2
-    2048 + 256, forward    2020                     128                             4
+    2048 + 256, forward    1960                     126                             4
     4096, backward         4580                     128                             2
-    2048 + 256, backward   2810                     167                             3
+    2048 + 256, backward   2960                     168                             3
     ====================  =====  ======================  ============================
 
 A multiprocessor of an H100 issues at most four of them in a clock, in which its share of the
 memory's 3.35 TB/s is some 14 bytes. The forward pass moves 11520 bytes for such a token, 800 clocks
 of that share, so with one tile the 850 clocks of instructions would set the pace. The price is that
-the last 256 channels are loaded 4 bytes by each thread, 128 by a warp, instead of 16. Where the
-rest is more than a quarter of the first tile, and over heads, one tile holds the group. Reading a
-group twice, the second time from a cache, would save registers but load and convert it twice.
+the rests are read twice. Forward that is soon after, from a cache; backward it is at the end of all
+that a program walks over, since its sums for the gradients of the rest's weights, held beside those
+of the first tile, would spill. A rest of each group for itself would be 4 bytes for a thread. Where
+the rest is more than a quarter of the first tile, and over heads, one tile holds the group. Reading
+all of a group twice would save registers but load and convert it twice.
 
 For one token, with numbers of E bytes, C channels in q and k together, and S bytes of statistics
 (8 for each group of LayerNorm, 4 for RMSNorm): forward reads C E and writes C E + S; backward reads
 2 C E + S and writes C E; both read 4 bytes of table for each channel of a head. With Next-DiT's
-2880 channels in bfloat16 that is 11824 bytes and 17584, the table included. Gradients to weights
+2880 channels in bfloat16 that is 11824 bytes and 17584, the table included; the rests read again,
+and the two numbers of a group that wait for them, are up to 1344 more. Gradients to weights
 and biases add 4 bytes for each channel of a group and program, written and read once, whatever the
 number of tokens.
 """
@@ -44,12 +49,12 @@ __all__ = ["norm_rotate_backward_kernel", "norm_rotate_kernel"]
 
 
 @triton.jit
-def _groups(step: tl.tensor, blocks: tl.tensor, BLOCK_G: tl.constexpr):
-    """Give the sample of a step, and its groups there: `[BLOCK_G]`, or a number if it is one."""
-    o_g = (step % blocks) * BLOCK_G
-    if BLOCK_G > 1:
-        o_g += tl.arange(0, BLOCK_G)
-    return (step // blocks).to(tl.int64), o_g
+def _block(i: tl.tensor, SIZE: tl.constexpr):
+    """Give the groups of a sample that its i-th block holds: `[SIZE]`, or a number if it is one."""
+    o_g = i * SIZE
+    if SIZE > 1:
+        o_g += tl.arange(0, SIZE)
+    return o_g
 
 
 @triton.jit
@@ -62,23 +67,47 @@ def _rows(x: tl.tensor):
 
 
 @triton.jit
-def _mean(
-    x: tl.tensor,
-    x_rest: tl.tensor,
-    WIDTH: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    REST: tl.constexpr,
-):
-    """Average over the channels of each group: `[BLOCK_G, 1]`, or a number if the group is one."""
+def _sum(x: tl.tensor, BLOCK_G: tl.constexpr):
+    """Add up the channels of each group: `[BLOCK_G, 1]`, or a number if the group is one."""
     if BLOCK_G == 1:
-        total = tl.sum(x)
-        if REST:
-            total += tl.sum(x_rest)
+        return tl.sum(x)
     else:
-        total = tl.sum(x, 1)[:, None]
-        if REST:
-            total += tl.sum(x_rest, 1)[:, None]
-    return total / WIDTH
+        return tl.sum(x, 1)[:, None]
+
+
+@triton.jit
+def _load_pair(
+    ptr: tl.tensor,
+    i_b: tl.tensor,
+    o_g: tl.tensor,
+    B: tl.tensor,
+    groups: tl.tensor,
+    BOTH: tl.constexpr,
+):
+    """Load the two numbers of each group that lie in `[2, B, groups]`; 0 for what is not there."""
+    p_x, m = ptr + i_b * groups + _rows(o_g), _rows(o_g) < groups
+    first, second = tl.load(p_x, mask=m, other=0.0), 0.0
+    if BOTH:
+        second = tl.load(p_x + B.to(tl.int64) * groups, mask=m, other=0.0)
+    return first, second
+
+
+@triton.jit
+def _store_pair(
+    ptr: tl.tensor,
+    first: tl.tensor,
+    second: tl.tensor,
+    i_b: tl.tensor,
+    o_g: tl.tensor,
+    B: tl.tensor,
+    groups: tl.tensor,
+    BOTH: tl.constexpr,
+):
+    """Store the two numbers of each group, or the first alone."""
+    p_x, m = ptr + i_b * groups + _rows(o_g), _rows(o_g) < groups
+    tl.store(p_x, first, mask=m)
+    if BOTH:
+        tl.store(p_x + B.to(tl.int64) * groups, second, mask=m)
 
 
 @triton.jit
@@ -170,9 +199,18 @@ def _load_tile(
 
 
 @triton.jit
-def _load_weight(w_ptr: tl.tensor, WIDTH: tl.constexpr, START: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Load the weights or biases of these channels as float32, `[1, BLOCK_C]`."""
-    o_c = START + tl.arange(0, BLOCK_C)[None, :]
+def _load_weight(
+    w_ptr: tl.tensor,
+    WIDTH: tl.constexpr,
+    START: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Load the weights or biases of these channels as float32, in each of `[ROWS, BLOCK_C]`.
+
+    As many rows as groups let a thread load 16 bytes where one row has too few channels for that.
+    """
+    o_c = START + tl.zeros((ROWS, 1), tl.int32) + tl.arange(0, BLOCK_C)[None, :]
     return tl.load(w_ptr + o_c, mask=o_c < WIDTH, other=0.0).to(tl.float32)
 
 
@@ -214,6 +252,76 @@ def _store(
 
 
 @triton.jit
+def _sum_rest(
+    x_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    s_x: tl.tuple,
+    i_b: tl.tensor,
+    o_g: tl.tensor,
+    B: tl.tensor,
+    T: tl.tensor,
+    CENTER: tl.constexpr,
+    D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """Leave the mean of the rest of each group, and its squares about it, in the statistics."""
+    x = _load(x_ptr, s_x, i_b, o_g, T, D, GROUPS, WIDTH, VECTOR, MAIN, REST)
+    mean = 0.0
+    if CENTER:
+        mean = tl.sum(x, 1)[:, None] / (WIDTH - MAIN)
+        x = _center(x, mean, WIDTH, MAIN, REST)
+    square = tl.sum(x * x, 1)[:, None]
+    _store_pair(stats_ptr, square, mean, i_b, o_g, B, T * GROUPS, CENTER)
+
+
+@triton.jit
+def _forward_rest(
+    x_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    w_ptr: tl.tensor,
+    b_ptr: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    s_x: tl.tuple,
+    s_cos: tl.tuple,
+    s_sin: tl.tuple,
+    i_b: tl.tensor,
+    o_g: tl.tensor,
+    B: tl.tensor,
+    T: tl.tensor,
+    CENTER: tl.constexpr,
+    D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    TABLE_VECTOR: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """Normalise and turn the rest of each group by its statistics."""
+    rstd, mean = _load_pair(stats_ptr, i_b, o_g, B, T * GROUPS, CENTER)
+    # fmt: off
+    x, cos, sin = _load_tile(
+        x_ptr, cos_ptr, sin_ptr, s_x, s_cos, s_sin, i_b, o_g, T,
+        D, GROUPS, WIDTH, VECTOR, TABLE_VECTOR, MAIN, REST,
+    )
+    # fmt: on
+    y = (x - mean) * rstd
+    if w_ptr is not None:
+        y *= _load_weight(w_ptr, WIDTH, MAIN, BLOCK_G, REST)
+    if b_ptr is not None:
+        y += _load_weight(b_ptr, WIDTH, MAIN, BLOCK_G, REST)
+    y = _turn(y, cos, sin, BLOCK_G, REST)
+    _store(y_ptr, y, i_b, o_g, T, GROUPS, WIDTH, MAIN, REST)
+
+
+@triton.jit
 def _forward_groups(
     x_ptr: tl.tensor,
     y_ptr: tl.tensor,
@@ -237,55 +345,59 @@ def _forward_groups(
     VECTOR: tl.constexpr,
     TABLE_VECTOR: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    BLOCKS: tl.constexpr,
     MAIN: tl.constexpr,
     REST: tl.constexpr,
 ):
     """Normalise and turn the groups of one tensor that program i_p of `programs` has to walk."""
-    w, w_rest, b, b_rest = 1.0, 1.0, 0.0, 0.0
+    w, b = 1.0, 0.0
+    # One row over heads, of which there are many: more would spill.
     if w_ptr is not None:
-        w = _load_weight(w_ptr, WIDTH, 0, MAIN)
-        if REST:
-            w_rest = _load_weight(w_ptr, WIDTH, MAIN, REST)
+        w = _load_weight(w_ptr, WIDTH, 0, BLOCK_G if REST else 1, MAIN)
     if b_ptr is not None:
-        b = _load_weight(b_ptr, WIDTH, 0, MAIN)
-        if REST:
-            b_rest = _load_weight(b_ptr, WIDTH, MAIN, REST)
-    blocks = (T * GROUPS + BLOCK_G - 1) // BLOCK_G
+        b = _load_weight(b_ptr, WIDTH, 0, BLOCK_G if REST else 1, MAIN)
+    groups = T * GROUPS
+    blocks = (groups + BLOCKS * BLOCK_G - 1) // (BLOCKS * BLOCK_G)
     for step in tl.range(i_p, B * blocks, programs):
-        i_b, o_g = _groups(step, blocks, BLOCK_G)
+        i_b = (step // blocks).to(tl.int64)
+        o_r = _block(step % blocks, BLOCKS * BLOCK_G)
         # fmt: off
-        x, cos, sin = _load_tile(
-            x_ptr, cos_ptr, sin_ptr, s_x, s_cos, s_sin, i_b, o_g, T,
-            D, GROUPS, WIDTH, VECTOR, TABLE_VECTOR, 0, MAIN,
-        )
-        x_rest, cos_rest, sin_rest = x, cos, sin  # not used where there is no rest
         if REST:
-            x_rest, cos_rest, sin_rest = _load_tile(
+            _sum_rest(
+                x_ptr, stats_ptr, s_x, i_b, o_r, B, T, CENTER, D, GROUPS, WIDTH, VECTOR, MAIN, REST
+            )
+            tl.debug_barrier()  # what some threads have stored, others load
+        for i in tl.range(BLOCKS):
+            o_g = _block((step % blocks) * BLOCKS + i, BLOCK_G)
+            x, cos, sin = _load_tile(
                 x_ptr, cos_ptr, sin_ptr, s_x, s_cos, s_sin, i_b, o_g, T,
-                D, GROUPS, WIDTH, VECTOR, TABLE_VECTOR, MAIN, REST,
+                D, GROUPS, WIDTH, VECTOR, TABLE_VECTOR, 0, MAIN,
+            )
+            mean, rest_mean, square = 0.0, 0.0, 0.0
+            if REST:
+                square, rest_mean = _load_pair(stats_ptr, i_b, o_g, B, groups, CENTER)
+                tl.debug_barrier()  # all have loaded what is then written over
+            if CENTER:
+                mean = _sum(x, BLOCK_G) / WIDTH
+                if REST:
+                    mean += rest_mean * ((WIDTH - MAIN) / WIDTH)
+                    square += (rest_mean - mean) * (rest_mean - mean) * (WIDTH - MAIN)
+                x = _center(x, mean, WIDTH, 0, MAIN)
+            rstd = tl.rsqrt((square + _sum(x * x, BLOCK_G)) / WIDTH + eps)
+            _store_pair(stats_ptr, rstd, mean, i_b, o_g, B, groups, CENTER)
+            y = x * rstd * w
+            if b_ptr is not None:
+                y += b
+            y = _turn(y, cos, sin, BLOCK_G, MAIN)
+            _store(y_ptr, y, i_b, o_g, T, GROUPS, WIDTH, 0, MAIN)
+        if REST:
+            tl.debug_barrier()
+            _forward_rest(
+                x_ptr, y_ptr, stats_ptr, w_ptr, b_ptr, cos_ptr, sin_ptr, s_x, s_cos, s_sin,
+                i_b, o_r, B, T, CENTER, D, GROUPS, WIDTH, VECTOR, TABLE_VECTOR, BLOCKS * BLOCK_G,
+                MAIN, REST,
             )
         # fmt: on
-        p_stats = stats_ptr + i_b * T * GROUPS + _rows(o_g)
-        m_stats = _rows(o_g) < T * GROUPS
-        if CENTER:
-            mean = _mean(x, x_rest, WIDTH, BLOCK_G, REST)
-            tl.store(p_stats + B.to(tl.int64) * T * GROUPS, mean, mask=m_stats)
-            x = _center(x, mean, WIDTH, 0, MAIN)
-            if REST:
-                x_rest = _center(x_rest, mean, WIDTH, MAIN, REST)
-        rstd = tl.rsqrt(_mean(x * x, x_rest * x_rest, WIDTH, BLOCK_G, REST) + eps)
-        tl.store(p_stats, rstd, mask=m_stats)
-        y = x * rstd * w
-        if b_ptr is not None:
-            y += b
-        y = _turn(y, cos, sin, BLOCK_G, MAIN)
-        _store(y_ptr, y, i_b, o_g, T, GROUPS, WIDTH, 0, MAIN)
-        if REST:
-            y_rest = x_rest * rstd * w_rest
-            if b_ptr is not None:
-                y_rest += b_rest
-            y_rest = _turn(y_rest, cos_rest, sin_rest, BLOCK_G, REST)
-            _store(y_ptr, y_rest, i_b, o_g, T, GROUPS, WIDTH, MAIN, REST)
 
 
 # Lengths and strides are not specialised, so that another resolution does not compile the kernels
@@ -336,9 +448,11 @@ def norm_rotate_kernel(
     VECTOR: tl.constexpr,
     TABLE_VECTOR: tl.constexpr,
     Q_BLOCK: tl.constexpr,
+    Q_BLOCKS: tl.constexpr,
     Q_MAIN: tl.constexpr,
     Q_REST: tl.constexpr,
     K_BLOCK: tl.constexpr,
+    K_BLOCKS: tl.constexpr,
     K_MAIN: tl.constexpr,
     K_REST: tl.constexpr,
 ):
@@ -354,13 +468,13 @@ def norm_rotate_kernel(
         _forward_groups(
             q_ptr, q_out_ptr, q_stats_ptr, q_weight_ptr, q_bias_ptr, cos_ptr, sin_ptr,
             (q_sb, q_st, q_sh, q_sd), s_cos, s_sin, i_p, P_Q, B, T, eps, CENTER,
-            D, Q_GROUPS, Q_WIDTH, VECTOR, TABLE_VECTOR, Q_BLOCK, Q_MAIN, Q_REST,
+            D, Q_GROUPS, Q_WIDTH, VECTOR, TABLE_VECTOR, Q_BLOCK, Q_BLOCKS, Q_MAIN, Q_REST,
         )
     else:
         _forward_groups(
             k_ptr, k_out_ptr, k_stats_ptr, k_weight_ptr, k_bias_ptr, cos_ptr, sin_ptr,
             (k_sb, k_st, k_sh, k_sd), s_cos, s_sin, i_p - P_Q, tl.num_programs(0) - P_Q, B, T, eps,
-            CENTER, D, K_GROUPS, K_WIDTH, VECTOR, TABLE_VECTOR, K_BLOCK, K_MAIN, K_REST,
+            CENTER, D, K_GROUPS, K_WIDTH, VECTOR, TABLE_VECTOR, K_BLOCK, K_BLOCKS, K_MAIN, K_REST,
         )
     # fmt: on
 
@@ -415,11 +529,53 @@ def _store_sum(
 
 
 @triton.jit
-def _backward_groups(
+def _sum_rest_gradient(
+    dy_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    means_ptr: tl.tensor,
+    w_ptr: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    s_dy: tl.tuple,
+    s_x: tl.tuple,
+    s_cos: tl.tuple,
+    s_sin: tl.tuple,
+    i_b: tl.tensor,
+    o_g: tl.tensor,
+    B: tl.tensor,
+    T: tl.tensor,
+    CENTER: tl.constexpr,
+    D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    TABLE_VECTOR: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """Leave what the rest adds to the sums of g n and of g where their means will be."""
+    rstd, mean = _load_pair(stats_ptr, i_b, o_g, B, T * GROUPS, CENTER)
+    # fmt: off
+    x, g = _load_gradient(
+        dy_ptr, x_ptr, cos_ptr, sin_ptr, s_dy, s_x, s_cos, s_sin, mean, rstd, i_b, o_g, T,
+        D, GROUPS, WIDTH, VECTOR, TABLE_VECTOR, MAIN, BLOCK_G, REST,
+    )
+    # fmt: on
+    if w_ptr is not None:
+        g *= _load_weight(w_ptr, WIDTH, MAIN, BLOCK_G, REST)
+    along, shift = tl.sum(g * x, 1)[:, None], tl.sum(g, 1)[:, None]
+    _store_pair(means_ptr, along, shift, i_b, o_g, B, T * GROUPS, CENTER)
+
+
+@triton.jit
+def _backward_rest(
     dy_ptr: tl.tensor,
     x_ptr: tl.tensor,
     dx_ptr: tl.tensor,
     stats_ptr: tl.tensor,
+    means_ptr: tl.tensor,
     w_ptr: tl.tensor,
     dw_ptr: tl.tensor,
     db_ptr: tl.tensor,
@@ -443,67 +599,146 @@ def _backward_groups(
     MAIN: tl.constexpr,
     REST: tl.constexpr,
 ):
+    """Finish the channels that the first tile of the groups leaves."""
+    dw = tl.zeros((BLOCK_G, REST), tl.float32)
+    db = tl.zeros((BLOCK_G, REST), tl.float32)
+    groups = T * GROUPS
+    blocks = (groups + BLOCK_G - 1) // BLOCK_G
+    tl.debug_barrier()
+    for step in tl.range(i_p, B * blocks, programs):
+        i_b, o_g = (step // blocks).to(tl.int64), _block(step % blocks, BLOCK_G)
+        rstd, mean = _load_pair(stats_ptr, i_b, o_g, B, groups, CENTER)
+        along, shift = _load_pair(means_ptr, i_b, o_g, B, groups, CENTER)
+        # fmt: off
+        x, g = _load_gradient(
+            dy_ptr, x_ptr, cos_ptr, sin_ptr, s_dy, s_x, s_cos, s_sin, mean, rstd, i_b, o_g, T,
+            D, GROUPS, WIDTH, VECTOR, TABLE_VECTOR, MAIN, BLOCK_G, REST,
+        )
+        # fmt: on
+        if dw_ptr is not None:
+            dw += g * x
+        if db_ptr is not None:
+            db += g
+        if w_ptr is not None:
+            g *= _load_weight(w_ptr, WIDTH, MAIN, BLOCK_G, REST)
+        dx = (g - x * along - shift) * rstd
+        _store(dx_ptr, dx, i_b, o_g, T, GROUPS, WIDTH, MAIN, REST)
+    if dw_ptr is not None:
+        _store_sum(dw_ptr, dw, i_p, WIDTH, MAIN, REST)
+    if db_ptr is not None:
+        _store_sum(db_ptr, db, i_p, WIDTH, MAIN, REST)
+
+
+@triton.jit
+def _backward_groups(
+    dy_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    dx_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    means_ptr: tl.tensor,
+    w_ptr: tl.tensor,
+    dw_ptr: tl.tensor,
+    db_ptr: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    s_dy: tl.tuple,
+    s_x: tl.tuple,
+    s_cos: tl.tuple,
+    s_sin: tl.tuple,
+    i_p: tl.tensor,
+    programs: tl.tensor,
+    B: tl.tensor,
+    T: tl.tensor,
+    CENTER: tl.constexpr,
+    D: tl.constexpr,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    TABLE_VECTOR: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+):
     """Write dx of the groups of one tensor that program i_p has to walk, and its sums of dw and db.
 
     With n the normalised x and g = w times dy turned back, each mean over a group:
     dx = (g - n mean(g n) - mean(g)) / deviation, the last mean of LayerNorm alone.
     """
-    w, w_rest = 1.0, 1.0
-    if w_ptr is not None:
-        w = _load_weight(w_ptr, WIDTH, 0, MAIN)
-        if REST:
-            w_rest = _load_weight(w_ptr, WIDTH, MAIN, REST)
     dw = tl.zeros((BLOCK_G, MAIN), tl.float32)
     db = tl.zeros((BLOCK_G, MAIN), tl.float32)
-    dw_rest = tl.zeros((BLOCK_G, REST if REST else MAIN), tl.float32)
-    db_rest = tl.zeros((BLOCK_G, REST if REST else MAIN), tl.float32)
-    blocks = (T * GROUPS + BLOCK_G - 1) // BLOCK_G
+    groups = T * GROUPS
+    blocks = (groups + BLOCKS * BLOCK_G - 1) // (BLOCKS * BLOCK_G)
     for step in tl.range(i_p, B * blocks, programs):
-        i_b, o_g = _groups(step, blocks, BLOCK_G)
-        p_stats = stats_ptr + i_b * T * GROUPS + _rows(o_g)
-        m_stats = _rows(o_g) < T * GROUPS
-        rstd = tl.load(p_stats, mask=m_stats, other=0.0)
-        mean = 0.0
-        if CENTER:
-            mean = tl.load(p_stats + B.to(tl.int64) * T * GROUPS, mask=m_stats, other=0.0)
+        i_b = (step // blocks).to(tl.int64)
         # fmt: off
-        x, g = _load_gradient(
-            dy_ptr, x_ptr, cos_ptr, sin_ptr, s_dy, s_x, s_cos, s_sin, mean, rstd, i_b, o_g, T,
-            D, GROUPS, WIDTH, VECTOR, TABLE_VECTOR, 0, BLOCK_G, MAIN,
-        )
-        x_rest, g_rest = x, g  # not used where there is no rest
         if REST:
-            x_rest, g_rest = _load_gradient(
-                dy_ptr, x_ptr, cos_ptr, sin_ptr, s_dy, s_x, s_cos, s_sin, mean, rstd, i_b, o_g, T,
-                D, GROUPS, WIDTH, VECTOR, TABLE_VECTOR, MAIN, BLOCK_G, REST,
+            o_r = _block(step % blocks, BLOCKS * BLOCK_G)
+            _sum_rest_gradient(
+                dy_ptr, x_ptr, stats_ptr, means_ptr, w_ptr, cos_ptr, sin_ptr, s_dy, s_x, s_cos,
+                s_sin, i_b, o_r, B, T, CENTER, D, GROUPS, WIDTH, VECTOR, TABLE_VECTOR,
+                BLOCKS * BLOCK_G, MAIN, REST,
             )
+            tl.debug_barrier()  # what some threads have stored, others load
+        for i in tl.range(BLOCKS):
+            o_g = _block((step % blocks) * BLOCKS + i, BLOCK_G)
+            rstd, mean = _load_pair(stats_ptr, i_b, o_g, B, groups, CENTER)
+            x, g = _load_gradient(
+                dy_ptr, x_ptr, cos_ptr, sin_ptr, s_dy, s_x, s_cos, s_sin, mean, rstd, i_b, o_g, T,
+                D, GROUPS, WIDTH, VECTOR, TABLE_VECTOR, 0, BLOCK_G, MAIN,
+            )
+            if dw_ptr is not None:
+                dw += g * x
+            if db_ptr is not None:
+                db += g
+            if w_ptr is not None:
+                g *= _load_weight(w_ptr, WIDTH, 0, BLOCK_G, MAIN)
+            along, shift = 0.0, 0.0
+            if REST:
+                along, shift = _load_pair(means_ptr, i_b, o_g, B, groups, CENTER)
+                tl.debug_barrier()  # all have loaded what is then written over
+            along = (along + _sum(g * x, BLOCK_G)) / WIDTH
+            if CENTER:
+                shift = (shift + _sum(g, BLOCK_G)) / WIDTH
+            if REST:
+                _store_pair(means_ptr, along, shift, i_b, o_g, B, groups, CENTER)
+            dx = (g - x * along - shift) * rstd
+            _store(dx_ptr, dx, i_b, o_g, T, GROUPS, WIDTH, 0, MAIN)
         # fmt: on
-        if dw_ptr is not None:
-            dw += g * x
-            if REST:
-                dw_rest += g_rest * x_rest
-        if db_ptr is not None:
-            db += g
-            if REST:
-                db_rest += g_rest
-        g *= w
-        g_rest *= w_rest
-        along = _mean(g * x, g_rest * x_rest, WIDTH, BLOCK_G, REST)
-        dx, dx_rest = g - x * along, g_rest - x_rest * along
-        if CENTER:
-            shift = _mean(g, g_rest, WIDTH, BLOCK_G, REST)
-            dx, dx_rest = dx - shift, dx_rest - shift
-        _store(dx_ptr, dx * rstd, i_b, o_g, T, GROUPS, WIDTH, 0, MAIN)
-        if REST:
-            _store(dx_ptr, dx_rest * rstd, i_b, o_g, T, GROUPS, WIDTH, MAIN, REST)
+    if REST:
+        _backward_rest(
+            dy_ptr,
+            x_ptr,
+            dx_ptr,
+            stats_ptr,
+            means_ptr,
+            w_ptr,
+            dw_ptr,
+            db_ptr,
+            cos_ptr,
+            sin_ptr,
+            s_dy,
+            s_x,
+            s_cos,
+            s_sin,
+            i_p,
+            programs,
+            B,
+            T,
+            CENTER,
+            D,
+            GROUPS,
+            WIDTH,
+            VECTOR,
+            TABLE_VECTOR,
+            BLOCKS * BLOCK_G,
+            MAIN,
+            REST,
+        )
     if dw_ptr is not None:
         _store_sum(dw_ptr, dw, i_p, WIDTH, 0, MAIN)
-        if REST:
-            _store_sum(dw_ptr, dw_rest, i_p, WIDTH, MAIN, REST)
     if db_ptr is not None:
         _store_sum(db_ptr, db, i_p, WIDTH, 0, MAIN)
-        if REST:
-            _store_sum(db_ptr, db_rest, i_p, WIDTH, MAIN, REST)
 
 
 @triton.jit(
@@ -522,6 +757,8 @@ def norm_rotate_backward_kernel(
     k_out_ptr: tl.tensor,
     q_stats_ptr: tl.tensor,
     k_stats_ptr: tl.tensor,
+    q_means_ptr: tl.tensor,
+    k_means_ptr: tl.tensor,
     q_weight_ptr: tl.tensor,
     k_weight_ptr: tl.tensor,
     q_weight_sums_ptr: tl.tensor,
@@ -564,9 +801,11 @@ def norm_rotate_backward_kernel(
     VECTOR: tl.constexpr,
     TABLE_VECTOR: tl.constexpr,
     Q_BLOCK: tl.constexpr,
+    Q_BLOCKS: tl.constexpr,
     Q_MAIN: tl.constexpr,
     Q_REST: tl.constexpr,
     K_BLOCK: tl.constexpr,
+    K_BLOCKS: tl.constexpr,
     K_MAIN: tl.constexpr,
     K_REST: tl.constexpr,
 ):
@@ -580,16 +819,16 @@ def norm_rotate_backward_kernel(
     # fmt: off
     if i_p < P_Q:
         _backward_groups(
-            dq_ptr, q_ptr, q_out_ptr, q_stats_ptr, q_weight_ptr, q_weight_sums_ptr,
+            dq_ptr, q_ptr, q_out_ptr, q_stats_ptr, q_means_ptr, q_weight_ptr, q_weight_sums_ptr,
             q_bias_sums_ptr, cos_ptr, sin_ptr, (dq_sb, dq_st, dq_sh, dq_sd),
             (q_sb, q_st, q_sh, q_sd), s_cos, s_sin, i_p, P_Q, B, T, CENTER,
-            D, Q_GROUPS, Q_WIDTH, VECTOR, TABLE_VECTOR, Q_BLOCK, Q_MAIN, Q_REST,
+            D, Q_GROUPS, Q_WIDTH, VECTOR, TABLE_VECTOR, Q_BLOCK, Q_BLOCKS, Q_MAIN, Q_REST,
         )
     else:
         _backward_groups(
-            dk_ptr, k_ptr, k_out_ptr, k_stats_ptr, k_weight_ptr, k_weight_sums_ptr,
+            dk_ptr, k_ptr, k_out_ptr, k_stats_ptr, k_means_ptr, k_weight_ptr, k_weight_sums_ptr,
             k_bias_sums_ptr, cos_ptr, sin_ptr, (dk_sb, dk_st, dk_sh, dk_sd),
             (k_sb, k_st, k_sh, k_sd), s_cos, s_sin, i_p - P_Q, tl.num_programs(0) - P_Q, B, T,
-            CENTER, D, K_GROUPS, K_WIDTH, VECTOR, TABLE_VECTOR, K_BLOCK, K_MAIN, K_REST,
+            CENTER, D, K_GROUPS, K_WIDTH, VECTOR, TABLE_VECTOR, K_BLOCK, K_BLOCKS, K_MAIN, K_REST,
         )
     # fmt: on

@@ -12,7 +12,7 @@ aligned and tells the compiler, so that runtime strides still give loads of 16 b
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -240,8 +240,7 @@ def rotate_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     >>> q.tolist()
     [[[0.0, 1.0]]]
     """
-    check(q, k, cos, sin)
-    _run(q, k, q, k, cos, sin, conjugate=False, in_place=True)
+    _run(q, k, q, k, cos, sin, _plan(q, k, cos, sin, False, True))
 
 
 def check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
@@ -276,23 +275,22 @@ def _launch(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, conjugate: bool
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
-    check(q, k, cos, sin)
+    plan = _plan(q, k, cos, sin, conjugate, False)
     q_out, k_out = _outputs(q, k)
-    _run(q, k, q_out, k_out, cos, sin, conjugate=conjugate)
+    _run(q, k, q_out, k_out, cos, sin, plan)
     return q_out, k_out
 
 
-def _run(
-    q: Tensor,
-    k: Tensor,
-    q_out: Tensor,
-    k_out: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    conjugate: bool,
-    in_place: bool = False,
-) -> None:
+class _Plan(NamedTuple):
+    grid: tuple[int, int]
+    numbers: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+@served.remembered
+def _plan(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, conjugate: bool, in_place: bool) -> _Plan:
+    """Check the tensors, and give what the kernel is told besides them."""
+    check(q, k, cos, sin)
     reason = why_not(q, k)
     if reason is not None:
         raise ValueError(f"the Triton kernel cannot rotate these tensors: {reason}")
@@ -302,15 +300,12 @@ def _run(
     block_d = max(16, served.power_of_2(width))
     block_t = _TILE // block_d
     grid = (
-        batch * served.blocks(tokens, block_t),
+        batch * served.blocks(tokens, block_t) if width else 0,
         served.blocks(heads, _HEADS) + served.blocks(kv_heads, _HEADS),
     )
-    if 0 in grid or width == 0:
-        return
     s_q, s_k = strides(q, 4), strides(k, 4)
     s_cos, s_sin = strides(cos, 3), strides(sin, 3)
-    arguments: tuple[Any, ...] = (q, k, q_out, k_out, cos, sin, tokens, heads, kv_heads)
-    constants: dict[str, Any] = {
+    constants = {
         "D": width,
         "CONJUGATE": conjugate,
         "IN_PLACE": in_place,
@@ -320,8 +315,17 @@ def _run(
         "BLOCK_T": block_t,
         "BLOCK_D": block_d,
     }
+    return _Plan(grid, (tokens, heads, kv_heads, *s_q, *s_k, *s_cos, *s_sin), constants)
+
+
+def _run(
+    q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin: Tensor, plan: _Plan
+) -> None:
+    if 0 in plan.grid:
+        return
+    kernel: Any = rotate_qk_kernel[plan.grid]
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        rotate_qk_kernel[grid](*arguments, *s_q, *s_k, *s_cos, *s_sin, **constants)
+        kernel(q, k, q_out, k_out, cos, sin, *plan.numbers, **plan.constants)
 
 
 def _outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

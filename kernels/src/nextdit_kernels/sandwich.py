@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -203,56 +203,88 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     )
 
 
-def _launch_kernel(
-    kernel: Any,
-    rows: tuple[Tensor, Tensor],
-    weight: Tensor | None,
-    m: Tensor,
-    others: tuple[Tensor, ...],
-    numbers: tuple[float, ...],
-    constants: dict[str, Any],
-) -> None:
-    """Launch either kernel with what its caller gives and what follows from that.
+class _Plan(NamedTuple):
+    grid: tuple[int]
+    tokens: int
+    steps: int
+    strides: tuple[int, ...]
+    constants: dict[str, Any]
+
+
+def _plan(kernel: object, rows: tuple[Tensor, Tensor], weight: Tensor | None, m: Tensor) -> _Plan:
+    """Give what either kernel is told besides its tensors.
 
     Args:
         kernel: One of the two.
         rows: Its two inputs `[batch, tokens, width]`; the second is what is normed.
         weight: `[width]` or None.
         m: The modulation.
-        others: Pointers after the modulation's.
-        numbers: Those between the number of steps and the strides.
-        constants: Those that only this kernel has.
+
+    Returns:
+        The plan, with the constants that both kernels have.
     """
-    x = rows[-1]
-    batch, tokens, width = x.shape
+    batch, tokens, width = rows[-1].shape
     block_t, block_w = _tile(width)
     count = _tokens_per_program(batch * tokens, block_t)
     m = m if m.ndim == 3 else m[:, None]
-    strides = [_strides(tensor) for tensor in (*rows, m)]
+    first, second, third = (_strides(tensor) for tensor in (*rows, m))
     (weight_stride,) = weight.stride() if weight is not None and width > 1 else (1,)
-    constants |= {
+    constants = {
         "W": width,
         "WEIGHTED": weight is not None,
         "PER_TOKEN": m.shape[1] > 1,
-        "VECTOR": served.aligned(width, _NARROWEST, *strides),
+        "VECTOR": served.aligned(width, _NARROWEST, first, second, third),
         "BLOCK_T": block_t,
         "BLOCK_W": block_w,
         **_options(kernel, block_t, block_w),
     }
-    first, second = strides[0], strides[1]
+    grid = (batch * served.blocks(tokens, count) if width else 0,)
+    strides = (*first, *second, weight_stride, *third)
+    return _Plan(grid, tokens, count // block_t, strides, constants)
+
+
+@served.remembered
+def _plan_norm_modulate(x: Tensor, weight: Tensor | None, scale: Tensor) -> _Plan:
+    _check(scale, weight, x)
+    _refuse(why_not_norm_modulate(x, weight, scale))
+    return _plan(sandwich_kernel, (x, x), weight, scale)
+
+
+@served.remembered
+def _plan_gate_residual(x: Tensor, y: Tensor, weight: Tensor, gate: Tensor) -> _Plan:
+    _check(gate, weight, x, y)
+    _refuse(why_not_gate_residual(x, y, weight, gate))
+    return _plan(sandwich_kernel, (x, y), weight, gate)
+
+
+@served.remembered
+def _plan_backward(grad: Tensor, x: Tensor, weight: Tensor | None, m: Tensor) -> _Plan:
+    _check(m, weight, x, grad)
+    _refuse(_why_not(x, grad=grad, weight=weight, modulation=m))
+    return _plan(sandwich_backward_kernel, (grad, x), weight, m)
+
+
+def _start(
+    kernel: Any, plan: _Plan, pointers: tuple[Tensor, ...], *numbers: float, **constants: Any
+) -> None:
+    """Launch either kernel.
+
+    Args:
+        kernel: One of the two.
+        plan: What it is told besides tensors.
+        pointers: Rows, weight, modulation, and what else it has.
+        numbers: Those between the number of steps and the strides.
+        constants: Those that only this kernel has.
+    """
+    x = pointers[0]
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        kernel[(batch * served.blocks(tokens, count),)](
-            *rows,
-            weight if weight is not None else x,
-            m,
-            *others,
-            tokens,
-            count // block_t,
+        kernel[plan.grid](
+            *pointers,
+            plan.tokens,
+            plan.steps,
             *numbers,
-            *first,
-            *second,
-            weight_stride,
-            *strides[2],
+            *plan.strides,
+            **plan.constants,
             **constants,
         )
 
@@ -263,8 +295,7 @@ def _outputs(rows: tuple[Tensor, ...], m: Tensor) -> tuple[Tensor, Tensor]:
     dtype = m.dtype
     for tensor in rows:
         dtype = torch.promote_types(dtype, tensor.dtype)
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    return out, torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 def _refuse(reason: str | None) -> None:
@@ -276,12 +307,11 @@ def _launch_norm_modulate(
     x: Tensor, weight: Tensor | None, scale: Tensor, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
-    _check(scale, weight, x)
-    _refuse(why_not_norm_modulate(x, weight, scale))
+    plan = _plan_norm_modulate(x, weight, scale)
     outputs = _outputs((x,), scale)
-    if x.numel():
-        constants = {"GATED": False, "CENTRED": centred}
-        _launch_kernel(sandwich_kernel, (x, x), weight, scale, outputs, (eps,), constants)
+    if 0 not in plan.grid:
+        pointers = (x, x, x if weight is None else weight, scale, *outputs)
+        _start(sandwich_kernel, plan, pointers, eps, GATED=False, CENTRED=centred)
     return outputs
 
 
@@ -296,12 +326,11 @@ def _fake_norm_modulate(
 def _launch_gate_residual(
     x: Tensor, y: Tensor, weight: Tensor, gate: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    _check(gate, weight, x, y)
-    _refuse(why_not_gate_residual(x, y, weight, gate))
+    plan = _plan_gate_residual(x, y, weight, gate)
     outputs = _outputs((x, y), gate)
-    if x.numel():
-        constants = {"GATED": True, "CENTRED": False}
-        _launch_kernel(sandwich_kernel, (x, y), weight, gate, outputs, (eps,), constants)
+    if 0 not in plan.grid:
+        pointers = (x, y, weight, gate, *outputs)
+        _start(sandwich_kernel, plan, pointers, eps, GATED=True, CENTRED=False)
     return outputs
 
 
@@ -323,18 +352,17 @@ def _launch_backward(
     asked: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel and add up its partial rows; see `_gradients` for what is not asked for."""
-    _check(m, weight, x, grad)
-    _refuse(_why_not(x, grad=grad, weight=weight, modulation=m))
+    plan = _plan_backward(grad, x, weight, m)
     gradients = _gradients(x, weight, m, asked)
     grad_x, grad_weight, grad_m = gradients
     if not x.numel():
         return grad_x, grad_weight.zero_(), grad_m.zero_()
-    batch, tokens, width = x.shape
-    per_token = m.ndim == 3 and m.shape[1] > 1
-    programs = served.blocks(tokens, _tokens_per_program(batch * tokens, _tile(width)[0]))
+    per_token = plan.constants["PER_TOKEN"]
+    programs = plan.grid[0] // x.shape[0]
     weight_rows = _partial(x, programs) if asked[1] else grad_weight
     m_rows = _partial(x, programs) if asked[2] and not per_token else grad_m
     others = (rstd, grad_x, weight_rows, m_rows)
+    pointers = (grad, x, x if weight is None else weight, m, *others)
     constants = {
         "GATED": gated,
         "CENTRED": centred,
@@ -342,7 +370,7 @@ def _launch_backward(
         "GRAD_WEIGHT": asked[1],
         "GRAD_M": asked[2],
     }
-    _launch_kernel(sandwich_backward_kernel, (grad, x), weight, m, others, (), constants)
+    _start(sandwich_backward_kernel, plan, pointers, **constants)
     if asked[1]:
         grad_weight = weight_rows.sum((0, 1)).to(grad_weight.dtype)
     if asked[2] and not per_token:

@@ -358,42 +358,51 @@ class _Shape(NamedTuple):
     H_KV: int
 
 
-class _Call(NamedTuple):
-    """What every kernel is told of a call."""
+class _Plan(NamedTuple):
+    """What follows from the layout of a call's tensors."""
 
     shape: _Shape
-    pointers: tuple[Tensor | None, ...]
-    scale: float
     strides: tuple[int, ...]
     constants: dict[str, Any]
     case: tuple[int, int, tuple[int, int], bool]  # what the sizes of blocks depend on
 
+
+class _Call(NamedTuple):
+    """What every kernel is told of a call."""
+
+    plan: _Plan
+    pointers: tuple[Tensor | None, ...]
+    scale: float
+
     def arguments(self) -> tuple[Any, ...]:
         """Give the arguments that follow the tensors of the kernel's own."""
-        return (*self.pointers, self.scale, *self.shape, *self.strides)
+        return (*self.pointers, self.scale, *self.plan.shape, *self.plan.strides)
 
 
-def _call(
+@served.remembered
+def _plan(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     other: Tensor | None,
     gate: Tensor | None,
     scales: Tensor | None,
-    scale: float | None,
     key_mask: Tensor | None,
-    samples: tuple[Any, ...],
-) -> _Call:
-    """Gather what every kernel is told; other is the residual, or the gradient of the result."""
-    lengths, key_lengths, cu, cu_keys = samples
+    *samples: Any,
+) -> _Plan:
+    """Check the tensors, and plan a launch; arguments as those of `_call`."""
+    _check(q, k, v, scales, key_mask, *samples)
+    if gate is not None and other is not None:
+        _check_gate(q, gate, other)
+    _refuse_unserved(q, k, v)
     heads, kv_heads, width = q.shape[-2], k.shape[-2], q.shape[-1]
     if q.ndim == 4:
         batch, tokens = q.shape[:2]
         shape = _Shape(tokens, k.shape[1], batch, batch * tokens, heads, kv_heads)
     else:
-        cu = cu if lengths is None else _sums(tuple(lengths), q.device)
-        cu_keys = cu_keys if key_lengths is None else _sums(tuple(key_lengths), q.device)
-        shape = _Shape(0, 0, cu.shape[0] - 1, q.shape[0], heads, kv_heads)
+        lengths, _, cu, _ = samples
+        count = cu.shape[0] - 1 if lengths is None else len(lengths)
+        shape = _Shape(0, 0, count, q.shape[0], heads, kv_heads)
     strides = [_strides(x) for x in (q, k, v, other) if x is not None]
     main, tail = split_head(width)
     constants = {
@@ -409,18 +418,39 @@ def _call(
     if scales is not None and scales.numel() > 1:
         s_scales = (scales.stride(0), scales.stride(1) if scales.ndim == 2 else 0)
     if key_mask is not None:
-        key_mask = key_mask.view(torch.uint8)
         s_mask = key_mask.stride()
     if gate is not None:
         s_gate = gate.stride(0)
-    return _Call(
+    return _Plan(
         shape,
-        (scales, key_mask, cu, cu_keys, gate),
-        1 / math.sqrt(width) if scale is None else float(scale),
         (*(number for stride in strides for number in stride), *s_scales, *s_mask, s_gate),
         constants,
         (width, q.itemsize, _capability(q), key_mask is not None),
     )
+
+
+def _call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    other: Tensor | None,
+    gate: Tensor | None,
+    scales: Tensor | None,
+    scale: float | None,
+    key_mask: Tensor | None,
+    samples: tuple[Any, ...],
+) -> _Call:
+    """Gather what every kernel is told; other is the residual, or the gradient of the result."""
+    plan = _plan(q, k, v, other, gate, scales, key_mask, *samples)
+    lengths, key_lengths, cu, cu_keys = samples
+    if lengths is not None:
+        cu = _sums(tuple(lengths), q.device)
+    if key_lengths is not None:
+        cu_keys = _sums(tuple(key_lengths), q.device)
+    if key_mask is not None:
+        key_mask = key_mask.view(torch.uint8)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    return _Call(plan, (scales, key_mask, cu, cu_keys, gate), scale)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -468,8 +498,9 @@ def _run(
     """Run the forward kernel."""
     if q.numel() == 0:
         return
-    constants = call.constants | attention_forward.blocks(*call.case)
-    shape, block = call.shape, constants["BLOCK_M"]
+    shape, case = call.plan.shape, call.plan.case
+    constants = call.plan.constants | attention_forward.blocks(*case)
+    block = constants["BLOCK_M"]
     tiles = _tiles(shape.SAMPLES, shape.T, shape.TOTAL, block, q.ndim == 3)
     tensors = (q, k, v, residual, out, gated, lse)
     _start(attention_kernel, (tiles, shape.H), *tensors, *call.arguments(), **constants)
@@ -499,10 +530,8 @@ def _launch(
     *samples: Any,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
-    _check(q, k, v, scales, key_mask, *samples)
-    _refuse_unserved(q, k, v)
-    out, lse = _outputs(q)
     call = _call(q, k, v, None, None, scales, scale, key_mask, samples)
+    out, lse = _outputs(q)
     _run(q, k, v, None, out, None, lse, call)
     return out, lse
 
@@ -534,11 +563,8 @@ def _launch_gated(
     *samples: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel with its epilogue; keep asks for the softmax's own result too."""
-    _check(q, k, v, scales, key_mask, *samples)
-    _check_gate(q, gate, residual)
-    _refuse_unserved(q, k, v)
-    gated, out, lse = _gated_outputs(q, keep)
     call = _call(q, k, v, residual, gate, scales, scale, key_mask, samples)
+    gated, out, lse = _gated_outputs(q, keep)
     _run(q, k, v, residual, out if keep else None, gated, lse, call)
     return gated, out, lse
 
@@ -579,20 +605,18 @@ def _launch_backward(
     *samples: Any,
 ) -> tuple[Tensor, ...]:
     """Run the backward kernels, that of the queries first: it computes what the other one reads."""
-    _check(q, k, v, scales, key_mask, *samples)
     _check_backward(grad, q, out, lse)
-    _refuse_unserved(q, k, v)
     call = _call(q, k, v, grad, gate, scales, scale, key_mask, samples)
-    shape, packed = call.shape, q.ndim == 3
+    shape, packed = call.plan.shape, q.ndim == 3
     grad_q, grad_k, grad_v, grad_gate = _gradients(q, k, v, gate)
     delta = _like(lse)
     if q.numel() > 0:
-        constants = call.constants | attention_backward.query_blocks(*call.case)
+        constants = call.plan.constants | attention_backward.query_blocks(*call.plan.case)
         tiles = _tiles(shape.SAMPLES, shape.T, shape.TOTAL, constants["BLOCK_M"], packed)
         tensors = (q, k, v, grad, out, lse, delta, grad_q)
         _start(query_gradient_kernel, (tiles, shape.H), *tensors, *call.arguments(), **constants)
     if k.numel() > 0:
-        constants = call.constants | attention_backward.key_blocks(*call.case)
+        constants = call.plan.constants | attention_backward.key_blocks(*call.plan.case)
         total = k.shape[0] if packed else shape.SAMPLES * shape.N
         tiles = _tiles(shape.SAMPLES, shape.N, total, constants["BLOCK_N"], packed)
         parts = _parts(shape, tiles, constants["BLOCK_M"], _processors(q))
