@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import flowsolvers
 import rope3d
-from nextdit_core import Conditioning, NextDiT, NextDiTConfig, Tokens
+from nextdit_core import Conditioning, NextDiT, Tokens
 
 PATCH, CHANNELS = 2, 4
 
@@ -28,19 +29,19 @@ def _grid(rows: int, columns: int) -> Tensor:
 
 
 def _patchify(latents: Sequence[Tensor]) -> Tokens:
-    """Cut `[channels, height, width]` latents into tokens as the authors order them on input."""
+    """Cut `[channels, height, width]` latents into tokens of (row, column, channel)."""
     samples = []
     for latent in latents:
         _, height, width = latent.shape
         rows, columns = height // PATCH, width // PATCH
         parts = latent.unflatten(1, (rows, PATCH)).unflatten(3, (columns, PATCH))
-        values = parts.permute(1, 3, 0, 2, 4).reshape(rows * columns, -1)
+        values = parts.permute(1, 3, 2, 4, 0).reshape(rows * columns, -1)
         samples.append(Tokens(values, _grid(rows, columns), (rows * columns,)))
     return Tokens.pack(samples)
 
 
 def _unpatchify(values: Tensor, latent: Tensor) -> Tensor:
-    """Put tokens together as the authors order them on output."""
+    """Put tokens together again."""
     _, height, width = latent.shape
     parts = values.view(height // PATCH, width // PATCH, PATCH, PATCH, -1)
     return parts.permute(4, 0, 2, 1, 3).reshape(-1, height, width)
@@ -64,34 +65,17 @@ def _velocities(
 
 @pytest.fixture(scope="module")
 def golden_model(golden: Path) -> Callable[[], NextDiT]:
-    """Make the tiny random model of the reference tensors, with the authors' weights."""
-    sizes = json.loads((golden / "tiny_config.json").read_text())["official"]
-    config = NextDiTConfig(
-        token_dim=PATCH**2 * CHANNELS,
-        axes=2,
-        width=sizes["dim"],
-        layers=sizes["n_layers"],
-        heads=sizes["n_heads"],
-        kv_heads=sizes["n_kv_heads"],
-        text_dim=sizes["cap_feat_dim"],
-        multiple_of=sizes["multiple_of"],
-    )
-    weights = load_file(golden / "tiny_official.safetensors")
-    del weights["pad_token"]
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        weights[name] = _used(weights[name])
-
-    def make() -> NextDiT:
-        model = NextDiT(config)
-        model.load_state_dict(weights)
-        return model.eval()
-
-    return make
+    """Read the tiny random model of the reference tensors, from the authors' weights."""
+    return lambda: NextDiT.from_pretrained(golden / "tiny_official.safetensors")
 
 
-def _used(both: Tensor) -> Tensor:
-    """Leave out the half of the output that the authors predict and throw away."""
-    return both.unflatten(0, (PATCH, PATCH, 2 * CHANNELS))[:, :, :CHANNELS].flatten(0, 2)
+def _as_here(name: str, theirs: Tensor) -> Tensor:
+    """Order a tensor of the authors as it is here, and leave out what their forward throws away."""
+    if name.startswith("final_layer.linear"):
+        return theirs.unflatten(0, (PATCH, PATCH, 2 * CHANNELS))[:, :, :CHANNELS].flatten(0, 2)
+    if name == "x_embedder.weight":
+        return theirs.unflatten(1, (CHANNELS, PATCH, PATCH)).permute(0, 2, 3, 1).flatten(1)
+    return theirs
 
 
 def test_packed_samples_are_the_authors_padded_list(
@@ -122,8 +106,7 @@ def test_loss_gradients_and_a_step_are_the_authors(
     losses.mean().backward()
     compared = 0
     for name, parameter in model.named_parameters():
-        expected = case[f"grad.{name}"]
-        expected = _used(expected) if name.startswith("final_layer.linear.") else expected
+        expected = _as_here(name, case[f"grad.{name}"])
         assert parameter.grad is not None
         assert (parameter.grad - expected).abs().max() <= 1e-5, name
         compared += 1
@@ -133,10 +116,9 @@ def test_loss_gradients_and_a_step_are_the_authors(
     assert norm.item() == pytest.approx(case["grad_norm"].item(), abs=1e-4)
     torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0).step()
     weights = model.state_dict()
-    for name in [key for key in case if key.startswith("after.")]:
-        expected = case[name]
-        expected = _used(expected) if "final_layer.linear" in name else expected
-        assert (weights[name.removeprefix("after.")] - expected).abs().max() <= 1e-5, name
+    for key in [key for key in case if key.startswith("after.")]:
+        name = key.removeprefix("after.")
+        assert (weights[name] - _as_here(name, case[key])).abs().max() <= 1e-5, name
 
 
 def _guided(
@@ -228,7 +210,7 @@ def _cases(draw: st.DrawFn) -> dict[str, int | float | list[int] | None]:
 CONFIGURATIONS = 60
 
 
-def _diffusers_model(case: dict, random: torch.Generator) -> torch.nn.Module:
+def _diffusers_model(case: dict, random: torch.Generator) -> Any:
     """Make a model of theirs in which no weight is zero."""
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.LuminaNextDiT2DModel(
@@ -255,6 +237,13 @@ def _diffusers_model(case: dict, random: torch.Generator) -> torch.nn.Module:
     return theirs
 
 
+def _from_diffusers(theirs: Any) -> NextDiT:
+    """Save theirs as they do, and read it as ours."""
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return NextDiT.from_pretrained(folder)
+
+
 @given(case=_cases())
 @settings(max_examples=CONFIGURATIONS, deadline=None, derandomize=True)
 def test_any_configuration_computes_what_diffusers_does(case: dict) -> None:
@@ -262,7 +251,7 @@ def test_any_configuration_computes_what_diffusers_does(case: dict) -> None:
     embeddings = pytest.importorskip("diffusers.models.embeddings")
     random = torch.Generator().manual_seed(case["seed"])
     theirs = _diffusers_model(case, random)
-    ours = _from_diffusers(theirs, case).eval()
+    ours = _from_diffusers(theirs)
     shape = (case["batch"], CHANNELS, PATCH * case["rows"], PATCH * case["columns"])
     x = torch.randn(shape, generator=random)
     t = torch.rand(case["batch"], generator=random)
@@ -289,17 +278,18 @@ def test_any_configuration_computes_what_diffusers_does(case: dict) -> None:
         tokens = _patchify(list(x))
         rope = rope3d.lumina(case["head_dim"], base=10000.0 * case["ntk"]).on_axes(3, (1, 2))
         positions = tokens.positions / case["linear"]
-        out = ours(
-            Tokens(tokens.values, positions, tokens.lengths),
-            t,
-            text,
-            rope=rope,
-            scale=None if case["trained_tokens"] is None else "proportional",
-            trained_tokens=case["trained_tokens"],
+        scale = None if case["trained_tokens"] is None else "proportional"
+        options = {"rope": rope, "scale": scale, "trained_tokens": case["trained_tokens"]}
+        out = ours(Tokens(tokens.values, positions, tokens.lengths), t, text, **options)
+        exact = ours.double()(
+            Tokens(tokens.values.double(), positions, tokens.lengths), t, text, **options
         )
     found = [_unpatchify(v, one) for v, one in zip(tokens.with_values(out).split(), x, strict=True)]
     size = max(1.0, expected.abs().max().item())
-    assert (torch.stack(found) - expected).abs().max() <= 1e-5 * size
+    # Some random weights magnify rounding, of theirs as of ours: by as much as ours is off float64.
+    rounding = (out - exact).abs().max().item()
+    assert (torch.stack(found) - expected).abs().max() <= 1e-5 * size + 4.0 * rounding
+    assert rounding <= 1e-3 * size
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -317,7 +307,7 @@ def test_bfloat16_is_as_near_to_float32_as_in_diffusers(seed: int) -> None:
     }
     random = torch.Generator().manual_seed(seed)
     theirs = _diffusers_model(case, random)
-    ours = _from_diffusers(theirs, case).eval()
+    ours = _from_diffusers(theirs)
     x = torch.randn(2, CHANNELS, 24, 16, generator=random)
     t = torch.rand(2, generator=random)
     text = Conditioning(torch.randn(2, 12, 64, generator=random), torch.tensor([12, 5]))
@@ -342,52 +332,3 @@ def test_bfloat16_is_as_near_to_float32_as_in_diffusers(seed: int) -> None:
     theirs_off = (their_half - their_exact).square().mean().sqrt()
     ours_off = (our_half - our_exact).square().mean().sqrt()
     assert 0.0 < ours_off <= 1.1 * theirs_off
-
-
-_NAMES = {
-    "patch_embedder.proj": "x_embedder",
-    "time_caption_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "time_caption_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "time_caption_embed.caption_embedder": "cap_embedder",
-    "norm_out.linear_1": "final_layer.adaLN_modulation.1",
-    "norm_out.linear_2": "final_layer.linear",
-    "norm1.linear": "adaLN_modulation.1",
-    "norm1_context": "attention_y_norm",
-    "norm1.norm": "attention_norm1",
-    ".norm2.": ".attention_norm2.",
-    "attn1.to_q": "attention.wq",
-    "attn1.to_k": "attention.wk",
-    "attn1.to_v": "attention.wv",
-    "attn2.to_k": "attention.wk_y",
-    "attn2.to_v": "attention.wv_y",
-    "attn2.to_out.0": "attention.wo",
-    "attn1.norm_q": "attention.q_norm",
-    "attn1.norm_k": "attention.k_norm",
-    "attn2.norm_k": "attention.ky_norm",
-    "feed_forward.linear_": "feed_forward.w",
-}
-
-
-def _from_diffusers(theirs: torch.nn.Module, case: dict) -> NextDiT:
-    weights = {}
-    for name, tensor in theirs.state_dict().items():
-        if name == "pad_token" or ".attn2.to_q." in name or ".attn2.norm_q." in name:
-            continue
-        for old, new in _NAMES.items():
-            name = name.replace(old, new)
-        if name.endswith(".gate"):
-            name = name.replace(".gate", ".attention.gate")
-        weights[name] = _used(tensor) if name.startswith("final_layer.linear.") else tensor
-    config = NextDiTConfig(
-        token_dim=PATCH**2 * CHANNELS,
-        width=case["heads"] * case["head_dim"],
-        layers=case["layers"],
-        heads=case["heads"],
-        kv_heads=case["kv_heads"],
-        text_dim=case["text_dim"],
-        multiple_of=case["multiple_of"],
-        ffn_dim_multiplier=case["multiplier"],
-    )
-    model = NextDiT(config)
-    model.load_state_dict(weights)
-    return model
