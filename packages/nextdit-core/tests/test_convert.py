@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,13 +92,11 @@ def test_info_describes_a_checkpoint_of_others(
     assert "width=192" in said
     model = NextDiT.from_pretrained(golden / "tiny_pipeline")
     model.save_pretrained(tmp_path / "authors", layout="authors")
-    import argparse
-
     args = argparse.Namespace(model="NextDiT_2B_GQA_patch2", image_size=1024)
     torch.save(args, tmp_path / "authors" / "model_args.pth")
     said = run(info, tmp_path / "authors").output
     assert "Lumina-Next in the authors' layout" in said
-    assert "args.image_size   1024" in said
+    assert "model='NextDiT_2B_GQA_patch2', image_size=1024" in said
 
 
 def test_info_and_pipeline_take_saved_models(
