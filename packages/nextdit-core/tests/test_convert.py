@@ -47,6 +47,38 @@ def test_a_backbone_goes_through_all_layouts_unharmed(
     assert (out - case["out_official"]).abs().max() <= 1e-5
 
 
+def test_a_converted_transformer_serves_the_pipeline_of_diffusers(
+    golden: Path, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    """Every latent of a sampling run equals the recorded ones, extrapolation included."""
+    from diffusers import LuminaNextDiT2DModel, LuminaPipeline
+
+    run(convert, golden / "tiny_pipeline", tmp_path / "out", "--to", "diffusers")
+    transformer = LuminaNextDiT2DModel.from_pretrained(tmp_path / "out")
+    pipe = LuminaPipeline.from_pretrained(golden / "tiny_pipeline", transformer=transformer)
+    pipe.set_progress_bar_config(disable=True)
+    for name, side, options in (
+        ("pipe_square_128", 128, {}),
+        ("pipe_extrap_192x192_ws0.3", 192, {"scaling_watershed": 0.3}),
+    ):
+        case = load_file(golden / f"{name}.safetensors")
+        out = pipe(
+            prompt_embeds=case["prompt_embeds"],
+            prompt_attention_mask=case["prompt_mask"],
+            negative_prompt_embeds=case["negative_prompt_embeds"],
+            negative_prompt_attention_mask=case["negative_mask"],
+            height=side,
+            width=side,
+            num_inference_steps=len(case["timesteps"]),
+            guidance_scale=4.0,
+            latents=case["noise"],
+            output_type="latent",
+            clean_caption=False,
+            **options,
+        ).images
+        assert (out - case["latents"]).abs().max() <= 1e-5
+
+
 def test_convert_changes_the_number_format_and_cuts_shards(
     golden: Path, run: Callable[..., Result], tmp_path: Path
 ) -> None:
