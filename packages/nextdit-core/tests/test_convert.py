@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,38 @@ def test_a_backbone_goes_through_all_layouts_unharmed(
     case = load_file(golden / f"{CASE}.safetensors")
     out = on_latents(NextDiT.from_pretrained(place), case)
     assert (out - case["out_official"]).abs().max() <= 1e-5
+
+
+def test_a_converted_transformer_serves_the_pipeline_of_diffusers(
+    golden: Path, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    """Every latent of a sampling run equals the recorded ones, extrapolation included."""
+    from diffusers import LuminaNextDiT2DModel, LuminaPipeline
+
+    run(convert, golden / "tiny_pipeline", tmp_path / "out", "--to", "diffusers")
+    transformer = LuminaNextDiT2DModel.from_pretrained(tmp_path / "out")
+    pipe = LuminaPipeline.from_pretrained(golden / "tiny_pipeline", transformer=transformer)
+    pipe.set_progress_bar_config(disable=True)
+    for name, side, options in (
+        ("pipe_square_128", 128, {}),
+        ("pipe_extrap_192x192_ws0.3", 192, {"scaling_watershed": 0.3}),
+    ):
+        case = load_file(golden / f"{name}.safetensors")
+        out = pipe(
+            prompt_embeds=case["prompt_embeds"],
+            prompt_attention_mask=case["prompt_mask"],
+            negative_prompt_embeds=case["negative_prompt_embeds"],
+            negative_prompt_attention_mask=case["negative_mask"],
+            height=side,
+            width=side,
+            num_inference_steps=len(case["timesteps"]),
+            guidance_scale=4.0,
+            latents=case["noise"],
+            output_type="latent",
+            clean_caption=False,
+            **options,
+        ).images
+        assert (out - case["latents"]).abs().max() <= 1e-5
 
 
 def test_convert_changes_the_number_format_and_cuts_shards(
@@ -91,13 +124,11 @@ def test_info_describes_a_checkpoint_of_others(
     assert "width=192" in said
     model = NextDiT.from_pretrained(golden / "tiny_pipeline")
     model.save_pretrained(tmp_path / "authors", layout="authors")
-    import argparse
-
     args = argparse.Namespace(model="NextDiT_2B_GQA_patch2", image_size=1024)
     torch.save(args, tmp_path / "authors" / "model_args.pth")
     said = run(info, tmp_path / "authors").output
     assert "Lumina-Next in the authors' layout" in said
-    assert "args.image_size   1024" in said
+    assert "model='NextDiT_2B_GQA_patch2', image_size=1024" in said
 
 
 def test_info_and_pipeline_take_saved_models(

@@ -44,17 +44,22 @@ class Variant:
         patch_size: Side of a patch.
         learn_sigma: The output has the second half.
         pad_token: There is one.
+        sample_size: Side of the latents that it was trained on, from which diffusers' pipeline
+            extrapolates; 128 is the releases'.
     """
 
     patch_size: int = 2
     learn_sigma: bool = True
     pad_token: bool = True
+    sample_size: int = 128
 
     @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, ...]], patch_size: int) -> Variant:
-        """Read it from the shapes, in their names."""
+    def of(
+        cls, shapes: Mapping[str, tuple[int, ...]], patch_size: int, sample_size: int
+    ) -> Variant:
+        """Read it from the shapes, in their names, and from what no shape tells."""
         rows, columns = shapes.get(OUTPUT[0], (0,))[0], shapes.get(INPUT, (0, 0))[-1]
-        return cls(patch_size, learn_sigma=rows != columns, pad_token=PAD in shapes)
+        return cls(patch_size, rows != columns, PAD in shapes, sample_size)
 
     def left_out(self, config: NextDiTConfig) -> tuple[str, ...]:
         """Say what reading drops."""

@@ -40,6 +40,7 @@ class Checkpoint:
         weights: Its tensors, to be read a few at a time.
         plan: What each of our tensors is made of.
         patch_size: Side of a patch; 2 where nothing tells.
+        sample_size: Side of the latents that it was trained on; 128 where nothing tells.
         left_out: What it holds and a backbone does not need, in words.
         model_args: What the authors' training script was started with, where it is known.
     """
@@ -50,6 +51,7 @@ class Checkpoint:
     weights: Weights
     plan: Mapping[str, Derived]
     patch_size: int = 2
+    sample_size: int = 128
     left_out: tuple[str, ...] = ()
     model_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -100,9 +102,11 @@ def open_checkpoint(
         place, layout, weights.shapes, values, said, patch_size, heads
     )
     check_fit(place, layout.value, weights.shapes, expected)
-    left_out = variant.left_out(config) if variant else ()
-    patch = variant.patch_size if variant else 2
-    return Checkpoint(place, layout, config, weights, plan, patch, left_out, said)
+    if variant is None:
+        return Checkpoint(place, layout, config, weights, plan)
+    sides = variant.patch_size, variant.sample_size
+    left_out = variant.left_out(config)
+    return Checkpoint(place, layout, config, weights, plan, *sides, left_out, said)
 
 
 def _backbone_place(path: Path) -> Path:
@@ -220,13 +224,13 @@ def _plan(
         else:
             _check_class(place, values)
             config, patch = diffusers.read_config(values)
-        variant = Variant.of(named, patch)
+        variant = Variant.of(named, patch, _sample_size(values or {}, "sample_size", 1))
         reading, writing = diffusers.reading, diffusers.writing
     else:
         named = shapes
         config = authors.infer_config(named, heads, lacks=lacks)
         patch = patch_size or _patch_size(said)
-        variant = Variant.of(named, patch)
+        variant = Variant.of(named, patch, _sample_size(said, "image_size", 8))
         reading, writing = authors.reading, authors.writing
     if layout is Layout.CLASS_CONDITIONAL:
         reading, writing = class_conditional.reading, class_conditional.writing
@@ -251,3 +255,10 @@ def _patch_size(model_args: Mapping[str, Any]) -> int:
     """Read the patch size from a name such as NextDiT_2B_GQA_patch2; all releases have 2."""
     match = re.search(r"patch(\d{1,3})", str(model_args.get("model", "")))
     return int(match.group(1)) if match else 2
+
+
+def _sample_size(values: Mapping[str, Any], key: str, pixels: int) -> int:
+    """Read the side of the latents that a checkpoint was trained on; the releases' is 128."""
+    found = values.get(key)
+    known = isinstance(found, int) and 0 < found < 1 << 20
+    return found // pixels if known and found >= pixels else 128

@@ -175,6 +175,6 @@ def config_values(config: NextDiTConfig, variant: Variant) -> dict[str, Any]:
         "num_layers": config.layers,
         "patch_size": variant.patch_size,
         "qk_norm": config.qk_norm,
-        "sample_size": 128,
+        "sample_size": variant.sample_size,
         "scaling_factor": 1.0,
     }

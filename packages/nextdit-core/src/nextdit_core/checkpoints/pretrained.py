@@ -89,6 +89,7 @@ class Pretrained:
         layout: Literal["nextdit", "diffusers", "authors"] = "nextdit",
         max_shard_size: int | str = "5GB",
         patch_size: int = 2,
+        sample_size: int = 128,
     ) -> None:
         """Write a folder that `from_pretrained` reads.
 
@@ -102,6 +103,8 @@ class Pretrained:
                 an index where that is too little. The authors' layout is always one file.
             patch_size: Side of a patch, which decides the order of the numbers in a token in the
                 layouts of others.
+            sample_size: Side of the latents that it was trained on, for diffusers, whose pipeline
+                extrapolates from it.
 
         Raises:
             UserError: The place is taken or not writable, the disk is full, or the backbone has no
@@ -117,6 +120,7 @@ class Pretrained:
             layout=layout,
             max_shard_size=max_shard_size,
             patch_size=patch_size,
+            sample_size=sample_size,
         )
 
     def push_to_hub(

@@ -36,11 +36,12 @@ def save_backbone(
     layout: LayoutName = "nextdit",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     patch_size: int = 2,
+    sample_size: int = 128,
 ) -> None:
     """Write a folder; see `NextDiT.save_pretrained`."""
     check_savable(config, Path(path), layout, max_shard_size, patch_size)
     most = parse_size(max_shard_size)
-    variant = Variant(patch_size)
+    variant = Variant(patch_size, sample_size=sample_size)
     with new_folder(Path(path)) as folder:
         if layout == "nextdit":
             write_backbone(folder, weights, config, max_shard_size=most)

@@ -26,6 +26,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file.")
 @click.option("--ema", is_flag=True, help="Take the authors' averaged weights.")
 @click.option("--patch-size", type=int, help="Side of a patch, where it is not 2.")
+@click.option(
+    "--sample-size",
+    type=click.IntRange(1),
+    help="Side of the latents that it was trained on, for diffusers; SOURCE's, or 128.",
+)
 def convert(
     source: str,
     dest: Path,
@@ -34,6 +39,7 @@ def convert(
     max_shard_size: str,
     ema: bool,
     patch_size: int | None,
+    sample_size: int | None,
 ) -> None:
     """Write the backbone of SOURCE to the new folder DEST.
 
@@ -53,7 +59,13 @@ def convert(
     check_savable(checkpoint.config, dest, name, max_shard_size, patch)
     click.echo(f"read     {checkpoint.place}: {checkpoint.layout.value}")
     model = read_backbone(checkpoint, dtype=None if dtype is None else getattr(torch, dtype))
-    model.save_pretrained(dest, layout=name, max_shard_size=max_shard_size, patch_size=patch)
+    model.save_pretrained(
+        dest,
+        layout=name,
+        max_shard_size=max_shard_size,
+        patch_size=patch,
+        sample_size=sample_size or checkpoint.sample_size,
+    )
     count = sum(parameter.numel() for parameter in model.parameters())
     click.echo(f"written  {dest}: {count:,} parameters, layout {layout}")
     if layout == "nextdit":

@@ -84,7 +84,8 @@ def _backbone(path: Path) -> list[tuple[str, str]]:
         ("backbone", str(checkpoint.config)),
     ]
     rows += [("left out", line) for line in checkpoint.left_out]
-    return rows + [(f"args.{name}", str(value)) for name, value in checkpoint.model_args.items()]
+    args = ", ".join(f"{name}={value!r}" for name, value in checkpoint.model_args.items())
+    return [*rows, ("model_args", args)] if args else rows
 
 
 def _saved_model(path: Path) -> list[tuple[str, str]]:
