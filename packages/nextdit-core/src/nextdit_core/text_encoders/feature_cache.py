@@ -9,6 +9,7 @@ of them make of one prompt is the same to rounding.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import warnings
 import zlib
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from nextdit_core.folder import cannot_write, new_file
@@ -59,12 +60,13 @@ class FeatureCache:
         """
         path = self.path(prompt)
         try:
-            with safe_open(path, "pt") as file:
-                features = file.get_tensor("features")
-                written = file.metadata()["checksum"]
-        except FileNotFoundError:
+            # In one piece: safe_open opens a file twice, and it may be replaced between.
+            data = path.read_bytes()
+            features = load(data)["features"]
+            written = _header(data)["__metadata__"]["checksum"]
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             damage = str(error)
         else:
             if written == _checksum(features) and features.shape[1:] == (self.features_dim,):
@@ -108,6 +110,11 @@ class FeatureCache:
         except OSError as error:
             raise cannot_write(self.folder, error) from error
         return files, total
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    """Read the JSON in front of the tensors, behind 8 bytes that tell its length."""
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
 
 
 def _checksum(features: Tensor) -> str:
