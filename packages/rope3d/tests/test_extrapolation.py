@@ -195,6 +195,22 @@ def test_one_compilation_serves_all_times_resolutions_and_scales(method) -> None
     assert counter.frame_count == 1
 
 
+def test_one_compilation_serves_8_resolutions_at_50_timesteps_each() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(rope3d.apply, backend=counter, fullgraph=True, dynamic=True)
+    rope = rope3d.lumina(8).extrapolate("time-aware", scale=2.0)
+    sizes = ((4, 4), (4, 8), (8, 4), (6, 6), (8, 8), (3, 10), (5, 7), (10, 3))  # 4 and 8: heads too
+    for height, width in sizes:
+        q, k = torch.randn(1, height * width, 8, 8), torch.randn(1, height * width, 4, 8)
+        positions = rope3d.grid(height=height, width=width)
+        for step in range(50):
+            t = torch.full((1,), step / 49)
+            ours, eager = (f(q, k, rope, positions, t=t) for f in (compiled, rope3d.apply))
+            torch.testing.assert_close(ours, eager, atol=1e-6, rtol=0)
+    assert counter.frame_count == 1
+
+
 def test_no_resolution_is_mistaken_for_the_size_of_a_table() -> None:
     torch._dynamo.reset()
     counter = CompileCounter()

@@ -75,7 +75,10 @@ def grid(
         index = torch.arange(size, device=device)
         place = index.to(real_dtype(index.device)) - ((size - 1) / 2 if centred else 0)
         columns.append((first + spacing * place).to(torch.float32))
-    return torch.stack(torch.meshgrid(*columns, indexing="ij"), dim=-1).flatten(0, -2)
+    # Flattened before they are stacked: of a view, torch.compile guards the shape of its base too,
+    # and compiles again where a height happens to be the number of heads.
+    planes = torch.meshgrid(*columns, indexing="ij")
+    return torch.stack([plane.flatten() for plane in planes], dim=-1)
 
 
 def points(
