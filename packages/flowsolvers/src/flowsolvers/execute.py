@@ -45,13 +45,22 @@ def execute(
     sums = arithmetic(x)
     add, add_ = sums.add, sums.add_
     kept: list[Any] = []  # of earlier evaluations, the newest last
-    for tick, plain, point, end in program:
+    for tick, plain, point, end, direct in program:
+        if direct is not None and watch is None:
+            x = add(x, ask(tick, x), alpha=direct)
+            continue
         if plain and watch is None:
             kept.append(ask(tick, x))
         elif point is not None:
-            at = x if point.sum is None else combine(x, point.sum, kept, sums)
+            index, weight, others, whole, keep, _ = point
+            if index:
+                at = add(x, kept[index], alpha=weight)
+                for index, weight in others:
+                    add_(at, kept[index], alpha=weight)
+            else:
+                at = x if whole is None else combine(x, whole, kept, sums)
             v = ask(tick, at)
-            kept.append(v if point.keep is None else _keep(at, v, point.keep, sums))
+            kept.append(v if keep is None else _keep(at, v, keep, sums))
             if watch is not None:
                 watch.evaluated(point, at, kept[-1])
             del at, v  # what the model made is freed as soon as nothing needs it

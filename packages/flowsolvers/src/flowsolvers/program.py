@@ -32,8 +32,20 @@ class Sum(NamedTuple):
 
 
 class Point(NamedTuple):
-    """Where to evaluate and what to keep; None stands for x itself, and for the velocity."""
+    """Where to evaluate, x + weight·kept[index] + the others unless it needs the whole `sum`.
 
+    Args:
+        index: Of the first term; 0 where x is scaled or limited, or nothing is added.
+        weight: Of the first term.
+        others: The other terms.
+        sum: All of it; None stands for x itself.
+        keep: What to keep of it; None stands for the velocity.
+        row: The row.
+    """
+
+    index: int
+    weight: float
+    others: tuple[tuple[int, float], ...]
     sum: Sum | None
     keep: tuple[float, float] | None
     row: Row
@@ -71,12 +83,14 @@ class Move(NamedTuple):
         plain: Whether the velocity is evaluated at x itself and kept.
         point: Where it is evaluated; None if it is not.
         end: The step's end, if it is one.
+        direct: The weight, where all of this is x + weight·v and nothing is kept: Euler's step.
     """
 
     tick: Tensor | tuple[Tensor, Context] | None
     plain: bool
     point: Point | None
     end: End | None
+    direct: float | None = None
 
 
 def moves(
@@ -109,13 +123,14 @@ def _moves(plan: Plan, ticks: Iterator[Any]) -> Iterator[Move]:
         dropped, kept = max(kept - carried, 0), min(kept, carried)
         freed = tuple(i - made for i in range(made - kept, made) if last_uses[i] == number)
         whole = sum_of(step)
-        plain = whole.terms and whole.scale == 1.0 and whole.limiter is None
-        (index, weight), *others = whole.terms if plain else [(0, 0.0)]
-        end = End(index, weight, tuple(others), dropped, freed, whole, number, step)
+        index, weight, others = _quick(whole)
+        end = End(index, weight, others, dropped, freed, whole, number, step)
         for row in step.rows[:-1]:
             yield _evaluation(row, next(ticks), None)
         if step.rows:
-            yield _evaluation(step.rows[-1], next(ticks), end)
+            move = _evaluation(step.rows[-1], next(ticks), end)
+            alone = move.plain and dropped == 1 and not kept and (index, others) == (-1, ())
+            yield move._replace(direct=weight) if alone else move
         else:
             yield Move(None, False, None, end)
 
@@ -137,8 +152,17 @@ def _last_uses(plan: Plan) -> list[int]:
 def _evaluation(row: Row, tick: Any, end: End | None) -> Move:
     stays = row.scale == 1.0 and not any(row.weights)
     keeps = row.keep == (0.0, 1.0)
-    point = Point(None if stays else sum_of(row), None if keeps else row.keep, row)
+    whole = sum_of(row)
+    point = Point(*_quick(whole), None if stays else whole, None if keeps else row.keep, row)
     return Move(tick, stays and keeps, point, end)
+
+
+def _quick(whole: Sum) -> tuple[int, float, tuple[tuple[int, float], ...]]:
+    """Take a sum apart for the loop, if it is nothing but terms added to x."""
+    if not whole.terms or whole.scale != 1.0 or whole.limiter is not None:
+        return 0, 0.0, ()
+    (index, weight), *others = whole.terms
+    return index, weight, tuple(others)
 
 
 def sum_of(table: Row | Step) -> Sum:
