@@ -87,6 +87,7 @@ def dense(
                 return plain(q, k, v)
 
         ways[name] = only
+    ways["flash-attn 2"] = flash
     for name, way in ways.items():
         forward.enter(name, lambda way=way: lambda: way(q, k, v))
     forward.enter("FlexAttention", lambda: flex(q, k, v, smoke=smoke))
@@ -102,6 +103,12 @@ def dense(
         else:
             back.enter(name, lambda way=way: backward(way(*leaves), leaves, grad))
     yield back
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, *, smoke: bool) -> Run:
