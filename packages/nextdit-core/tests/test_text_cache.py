@@ -1,8 +1,10 @@
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import signal
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -183,26 +185,37 @@ def test_no_flipped_bit_gives_other_features(tmp_path: Path, random: torch.Gener
     assert missed == []
 
 
-def _fill(folder: str, model: str, go: Any, made: Any) -> None:
-    cached = CachedTextEncoder(load_text_encoder("transformers", {"model": model}), folder)
-    assert cached.cache.size() == (0, 0)
-    go.wait()
-    *_, (_, count) = cached.fill(FOXES)
-    made.put(count)
+FILL = """
+import json, sys
+from nextdit_core.text_encoders import load_text_encoder
+from nextdit_core.text_encoders.cached import CachedTextEncoder
+folder, model = sys.argv[1:]
+cached = CachedTextEncoder(load_text_encoder("transformers", {"model": model}), folder)
+assert cached.cache.size() == (0, 0)
+print("ready", flush=True)
+*_, (_, made) = cached.fill(json.loads(sys.stdin.readline()))
+print(made, flush=True)
+"""
 
 
 def test_processes_fill_one_folder(load: Any, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    go, made = context.Barrier(2), context.Queue()
     encoder = load()
-    arguments = (str(tmp_path), encoder.model, go, made)
-    workers = [context.Process(target=_fill, args=arguments) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
-    assert len(FOXES) <= made.get() + made.get() <= 2 * len(FOXES)
+    command = [sys.executable, "-c", FILL, str(tmp_path), encoder.model]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers: list[Any] = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    try:
+        assert [worker.stdout.readline() for worker in workers] == ["ready\n"] * 2
+        answers = []
+        for worker in workers:
+            worker.stdin.write(json.dumps(FOXES) + "\n")
+            worker.stdin.flush()
+        for worker in workers:
+            answers.append(int(worker.communicate(timeout=120)[0]))
+            assert worker.returncode == 0
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert len(FOXES) <= sum(answers) <= 2 * len(FOXES)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == len(FOXES)
     assert not [path for path in files if path.name.startswith(".")]
