@@ -6,48 +6,29 @@ sampling does to the samples of a trained model (`nextdit demo` trains one).
 
 from __future__ import annotations
 
-import argparse
-import platform
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
+import summary
 import torch
 from models import CHANNELS, PATCH, TEXT_DIM, diffusers_model, grid, our_model
 
 from nextdit_core import Conditioning, ContextDrop, Pipeline, Tokens
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 FACTORS = (1, 2, 4)
 SHAPES = ((32, 32), (32, 64), (64, 64))
 SCHEDULES = ("0.1:2", "0.3:2", "0.5:2", "1:2", "0.1:4,0.3:2", "0.3:4,0.5:2")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Context drop on the CPU.")
-    parser.add_argument("--run", type=Path, help="a trained model; the demo's is runs/digits")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--write", action="store_true", help="also to benchmarks/results/")
+    parser = summary.options("Context drop on the CPU.", rounds=3, run=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    head = "\n".join(
-        [
-            f"- date: {datetime.now(UTC):%Y-%m-%d}",
-            f"- machine: {platform.processor() or platform.machine()}, one thread",
-            f"- versions: torch {torch.__version__}",
-        ]
-    )
-    parts = ["# Context drop on the CPU", head, cost(options.rounds)]
+    parts = ["# Context drop on the CPU", summary.head(), cost(options.rounds)]
     if options.run is not None:
         parts.append(deviation(options.run))
-    text = "\n\n".join(parts)
-    print(text)
-    if options.write:
-        file = RESULTS / f"context-drop-cpu--{datetime.now(UTC):%Y-%m-%d}.md"
-        file.write_text(text + "\n", encoding="utf-8")
-        print(f"written to {file}")
-    return 0
+    return summary.finish(parts, "context-drop-cpu", write=options.write)
 
 
 @torch.no_grad()
@@ -86,7 +67,7 @@ def cost(rounds: int) -> str:
             ]
     return (
         "## Cost\n\nOne forward, batch 1, text prepared; the least CPU time of one thread in "
-        f"{rounds} rounds.\n\n" + _table(rows)
+        f"{rounds} rounds.\n\n" + summary.table(rows)
     )
 
 
@@ -108,13 +89,8 @@ def deviation(run: Path) -> str:
         f"## What it does to samples\n\nRoot mean square difference to sampling without, over the "
         f"standard deviation, {len(prompts)} samples of `{run.name}`, 30 evaluations. Grids have "
         "8 x 8 tokens, so that a cell is a larger part of the picture than at high "
-        f"resolution.\n\n{_table(rows)}"
+        f"resolution.\n\n{summary.table(rows)}"
     )
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
 if __name__ == "__main__":

@@ -7,15 +7,11 @@ sampling loop with guidance, and how soon each comes within an error of a long s
 
 from __future__ import annotations
 
-import argparse
-import platform
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 
+import summary
 import torch
 from models import (
     CHANNELS,
@@ -36,41 +32,27 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from nextdit_core import Conditioning, Tokens
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 BATCH, SIDE, TEXT = 2, 64, 128
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="One forward on the CPU, ours and diffusers'.")
-    parser.add_argument("--write", action="store_true", help="also to benchmarks/results/")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = summary.options("One forward on the CPU, ours and diffusers'.", rounds=5)
     parser.add_argument("--compiled", action="store_true", help="both under torch.compile besides")
     options = parser.parse_args()
     torch.set_num_threads(1)
     parts = [
         "# One forward on the CPU",
-        "\n".join(
-            [
-                f"- date: {datetime.now(UTC):%Y-%m-%d}",
-                f"- machine: {platform.processor() or platform.machine()}, one thread",
-                f"- versions: torch {torch.__version__}, diffusers {version('diffusers')}",
-                f"- model: width {WIDTH}, {LAYERS} layers, {HEADS} heads, {KV_HEADS} of keys; "
-                f"batch {BATCH} of {CHANNELS} x {SIDE} x {SIDE}, {(SIDE // PATCH) ** 2} tokens "
-                f"each, text {TEXT} x {TEXT_DIM}, one sample's half masked",
-            ]
+        summary.head(
+            f"- model: width {WIDTH}, {LAYERS} layers, {HEADS} heads, {KV_HEADS} of keys; "
+            f"batch {BATCH} of {CHANNELS} x {SIDE} x {SIDE}, {(SIDE // PATCH) ** 2} tokens "
+            f"each, text {TEXT} x {TEXT_DIM}, one sample's half masked"
         ),
     ]
     parts += [
         report(dtype, options.rounds, compiled=options.compiled)
         for dtype in (torch.float32, torch.bfloat16)
     ]
-    text = "\n\n".join(parts)
-    print(text)
-    if options.write:
-        file = RESULTS / f"forward-cpu--{datetime.now(UTC):%Y-%m-%d}.md"
-        file.write_text(text + "\n", encoding="utf-8")
-        print(f"written to {file}")
-    return 0
+    return summary.finish(parts, "forward-cpu", write=options.write)
 
 
 @torch.no_grad()

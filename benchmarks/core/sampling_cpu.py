@@ -8,15 +8,12 @@ Euler's method on even steps has at 30. The product is how much sooner the same 
 
 from __future__ import annotations
 
-import argparse
-import platform
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
+import summary
 import torch
 from models import CHANNELS, PATCH, TEXT_DIM, diffusers_model, grid, our_model, patchify, unpatchify
 from torch import Tensor
@@ -24,37 +21,20 @@ from torch import Tensor
 import flowsolvers as fs
 from nextdit_core import Conditioning, ContextDrop, Guidance, Pipeline, Tokens
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 TEXT, SCALE, STEPS = 128, 4.0, 30
 BUDGETS = (4, 5, 6, 7, 8, 10, 12, 16, 20, 30)
 SOLVERS = ("auto", "euler", "midpoint", "unipc2", "dpm2m")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Sampling on the CPU, ours and diffusers'.")
-    parser.add_argument("--run", type=Path, help="a trained model; the demo's is runs/digits")
+    parser = summary.options("Sampling on the CPU, ours and diffusers'.", rounds=2, run=True)
     parser.add_argument("--side", type=int, default=32, help="of the latent in the loop")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="also to benchmarks/results/")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    head = "\n".join(
-        [
-            f"- date: {datetime.now(UTC):%Y-%m-%d}",
-            f"- machine: {platform.processor() or platform.machine()}, one thread",
-            f"- versions: torch {torch.__version__}, diffusers {version('diffusers')}",
-        ]
-    )
-    parts = ["# Sampling on the CPU", head, loops(options.side, options.rounds)]
+    parts = ["# Sampling on the CPU", summary.head(), loops(options.side, options.rounds)]
     if options.run is not None:
         parts.append(solvers(options.run))
-    text = "\n\n".join(parts)
-    print(text)
-    if options.write:
-        file = RESULTS / f"sampling-cpu--{datetime.now(UTC):%Y-%m-%d}.md"
-        file.write_text(text + "\n", encoding="utf-8")
-        print(f"written to {file}")
-    return 0
+    return summary.finish(parts, "sampling-cpu", write=options.write)
 
 
 @torch.no_grad()
@@ -81,7 +61,7 @@ def loops(side: int, rounds: int) -> str:
         )
     return (
         f"## The loop\n\n{STEPS} evaluations by Euler's method at guidance {SCALE:g}, latent "
-        f"{CHANNELS} x {side} x {side}, text {TEXT} x {TEXT_DIM}.\n\n" + _table(rows)
+        f"{CHANNELS} x {side} x {side}, text {TEXT} x {TEXT_DIM}.\n\n" + summary.table(rows)
     )
 
 
@@ -166,26 +146,26 @@ def solvers(run: Path) -> str:
         velocity = pipe._velocity(prompts, noise, Guidance(scale), "", ContextDrop(()), {})
         answer = fs.solve(velocity, noise.values, nfe=240, solver="rk4").x
 
-        def error(solver: str, nfe: int) -> float:
-            grid = None if solver == "auto" else fs.uniform()
-            x = fs.solve(velocity, noise.values, nfe=nfe, solver=solver, schedule=grid).x  # noqa: B023
-            return ((x - answer).square().mean().sqrt() / answer.std()).item()  # noqa: B023
-
         rows = [("solver", *map(str, BUDGETS))]
-        found = {s: [error(s, nfe) for nfe in BUDGETS] for s in SOLVERS}
+        found = {
+            solver: [_error(velocity, noise.values, answer, solver, nfe) for nfe in BUDGETS]
+            for solver in SOLVERS
+        }
         rows += [(s, *(f"{e:.4f}" for e in errors)) for s, errors in found.items()]
         aim = found["euler"][-1]
         enough = next(n for n, e in zip(BUDGETS, found["auto"], strict=True) if e <= aim)
         parts.append(
-            f"Guidance {scale:g}:\n\n{_table(rows)}\n\n`auto` has the error of {BUDGETS[-1]} "
-            f"evaluations of Euler's method at {enough}, {BUDGETS[-1] / enough:.1f} times fewer."
+            f"Guidance {scale:g}:\n\n{summary.table(rows)}\n\n`auto` has the error of "
+            f"{BUDGETS[-1]} evaluations of Euler's method at {enough}, "
+            f"{BUDGETS[-1] / enough:.1f} times fewer."
         )
     return "\n\n".join(parts)
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+def _error(velocity: fs.Velocity, noise: Tensor, answer: Tensor, solver: str, nfe: int) -> float:
+    grid = None if solver == "auto" else fs.uniform()
+    x = fs.solve(velocity, noise, nfe=nfe, solver=solver, schedule=grid).x
+    return ((x - answer).square().mean().sqrt() / answer.std()).item()
 
 
 if __name__ == "__main__":

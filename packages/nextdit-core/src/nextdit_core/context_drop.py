@@ -150,7 +150,7 @@ class ContextDrop:
     def poolings(self, tokens: Tokens, axes: int = 2) -> dict[Factor, Pooling | None]:
         """Find the cells of a batch for every factor that may come; once for a request.
 
-        The positions are read to the host, which waits for the device.
+        Where there is a schedule, positions are read to the host, which waits for the device.
 
         Args:
             tokens: The batch; its values are not looked at.
@@ -160,6 +160,8 @@ class ContextDrop:
             By factor; None where nothing is pooled.
         """
         found: dict[Factor, Pooling | None] = {(1, 1, 1): None}
+        if not self.schedule:
+            return found
         positions = tokens.positions.cpu().split(tokens.lengths)
         for until, _ in self.schedule:
             factor = self.factor(until - 1e-9, axes)
