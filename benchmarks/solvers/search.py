@@ -20,10 +20,10 @@ from training import Stack, drawn, stacks
 import flowsolvers as fs
 from flowsolvers.auto import AUTO, Auto, Rule
 
-#: Least and most of what is searched: velocities, trust, last, slope, limit.
-BOUNDS = ((1.0, 3.0), (0.1, 1.0), (0.3, 1.6), (0.0, 4.0), (0.0, 12.0))
+#: Least and most of what is searched: velocities, trust, last, shift, slope, limit.
+BOUNDS = ((1.0, 3.0), (0.1, 1.0), (0.3, 1.6), (0.7, 2.0), (0.0, 4.0), (0.0, 12.0))
 #: First changes of each.
-STEPS = (0.25, -0.15, 0.15, 0.4, 0.5)
+STEPS = (0.25, -0.15, 0.15, 0.1, 0.4, 0.5)
 
 
 class Training:

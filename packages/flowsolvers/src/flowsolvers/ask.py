@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from flowsolvers.context import evaluate
-from flowsolvers.program import Move
+from flowsolvers.program import Program
 from flowsolvers.states import Leaves, cast, each, flatten, unflatten
 
 __all__ = ["asker"]
 
 
 def asker(
-    velocity: Any, x0: Leaves, spec: TreeSpec | None, state: torch.dtype, program: tuple[Move, ...]
+    velocity: Any, x0: Leaves, spec: TreeSpec | None, state: torch.dtype, program: Program
 ) -> Callable[[Any, Leaves], Leaves]:
     """Wrap a velocity: the model sees x in its own dtype and form, the loop sees the state's.
 
@@ -31,12 +31,10 @@ def asker(
     Returns:
         ask(tick, x) to dx/dt, with the tick of a move.
     """
-    tensors = each(x0)
     contextual = bool(getattr(velocity, "takes_context", False))
-    same = all(leaf.dtype == state for leaf in tensors)
-    conform = _conformer(tensors, spec, state, program)
-    if isinstance(x0, Tensor) and same and not contextual:
-        shape, device, first = x0.shape, x0.device, program[0].tick
+    conform = _conformer(x0, spec, state, program)
+    if isinstance(x0, Tensor) and x0.dtype is state and not contextual:
+        shape, device, first = x0.shape, x0.device, program.moves[0].tick
 
         def ask(tick: Any, x: Leaves) -> Leaves:
             v = velocity(tick, x)
@@ -45,6 +43,9 @@ def asker(
             return conform(v, tick)
 
         return ask
+
+    tensors = each(x0)
+    same = all(leaf.dtype is state for leaf in tensors)
 
     def ask_any(tick: Any, x: Leaves) -> Leaves:
         seen = x
@@ -59,16 +60,15 @@ def asker(
 
 
 def _conformer(
-    tensors: Sequence[Tensor], spec: TreeSpec | None, state: torch.dtype, program: tuple[Move, ...]
+    x0: Leaves, spec: TreeSpec | None, state: torch.dtype, program: Program
 ) -> Callable[[Any, Any], Leaves]:
-    shapes = [leaf.shape for leaf in tensors]
-    device = tensors[0].device
-
     def conform(v: Any, tick: Any) -> Leaves:
         """Refuse what is not like x, and convert the rest."""
+        tensors = each(x0)
+        device = tensors[0].device
         leaves, found = flatten(v)
         parts = each(leaves)
-        if found != spec or [part.shape for part in parts] != shapes:
+        if found != spec or [part.shape for part in parts] != [leaf.shape for leaf in tensors]:
             problem = f"returned shape {_shapes(parts)} for x of shape {_shapes(tensors)}"
         elif not all(part.is_floating_point() for part in parts):
             problem = f"returned {', '.join(str(part.dtype) for part in parts)}"
@@ -76,7 +76,7 @@ def _conformer(
             problem = f"returned a tensor on {parts[0].device} for x on {device}"
         else:
             return cast(leaves, state)
-        ticks = [move.tick for move in program if move.tick is not None]
+        ticks = [move.tick for move in program.moves if move.tick is not None]
         index = next(i for i, one in enumerate(ticks) if one is tick)
         t = tick if isinstance(tick, Tensor) else tick[0]
         raise ValueError(

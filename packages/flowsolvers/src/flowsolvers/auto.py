@@ -9,7 +9,7 @@ from flowsolvers.curves import logistic, uniform
 from flowsolvers.method import Grid
 from flowsolvers.piecewise import from_times
 from flowsolvers.plan import Step
-from flowsolvers.shifts import terminal
+from flowsolvers.shifts import shift, terminal
 from flowsolvers.tableaus import EULER, KUTTA3
 from flowsolvers.warps import Schedule
 
@@ -26,7 +26,8 @@ class Rule:
             least 1. A fraction takes a part of each of two neighbouring orders.
         trust: In the velocity at the predicted point, 0 to 1.
         last: Noise level at which the last step starts, times the budget; 1 is an even step.
-        slope: Of a logistic curve before that; 0 is even steps.
+        shift: Of the steps before that towards noise; 1 is none.
+        slope: Of a logistic curve under the shift; 0 is even steps.
         limit: Strength of the `Limiter`s; 0 is none.
     """
 
@@ -34,6 +35,7 @@ class Rule:
     velocities: float
     trust: float
     last: float
+    shift: float
     slope: float
     limit: float
 
@@ -42,13 +44,13 @@ class Rule:
 #: by 1.5 to 8, in 2 to 256 dimensions, and rounded. At 4 evaluations, where most is lost by trust
 #: in a bad prediction, what counted was that next to no flow is worse than by Euler's method.
 _RULES = (
-    Rule(4, 1.0, 1.0, 1.05, 0.0, 8.0),
-    Rule(6, 1.65, 0.7, 0.65, 0.0, 2.5),
-    Rule(8, 1.85, 0.75, 0.6, 0.0, 1.9),
-    Rule(10, 1.9, 0.85, 0.5, 0.0, 1.3),
-    Rule(16, 2.3, 0.8, 0.5, 0.3, 0.7),
-    Rule(20, 2.5, 0.9, 0.5, 2.0, 0.6),
-    Rule(30, 3.0, 1.0, 0.5, 2.0, 0.0),
+    Rule(4, 1.0, 1.0, 1.0, 1.15, 0.0, 10.5),
+    Rule(6, 1.65, 0.7, 0.65, 1.0, 0.0, 2.5),
+    Rule(8, 1.85, 0.75, 0.6, 1.1, 0.0, 1.9),
+    Rule(10, 1.8, 0.85, 0.55, 1.15, 0.6, 0.5),
+    Rule(16, 2.3, 0.8, 0.5, 1.05, 0.6, 0.6),
+    Rule(20, 2.5, 0.9, 0.5, 1.0, 2.0, 0.6),
+    Rule(30, 3.0, 1.0, 0.5, 1.0, 2.0, 0.0),
 )
 
 #: From so many evaluations on a step of Kutta's third order at the start pays for its two more.
@@ -63,8 +65,9 @@ class Auto:
     of velocities that are combined is a fraction, the corrector trusts the velocity at the
     predicted point in part, and a `Limiter` takes every sum back towards Euler's step in samples
     whose velocity turns, since there the past says nothing of the future: with few evaluations
-    and strong guidance that is what makes higher orders swing out. Its own time grid has even
-    steps, the last of them shorter, and from 10 evaluations on bends to a logistic curve.
+    and strong guidance that is what makes higher orders swing out. Its own time grid has nearly
+    even steps, up to 16 evaluations a little shorter at the noise, and from 5 on a shorter last
+    one; from 10 on it bends to a logistic curve.
 
     Args:
         rules: What to do with some budgets, which is interpolated between them; the last holds
@@ -97,7 +100,7 @@ class Auto:
         if rule is None:
             return Schedule(f"auto:{nfe}", uniform().warp)
         bent = logistic(rule.slope) if rule.slope else uniform()
-        times = (terminal(rule.last / nfe) @ bent).grid(nfe)
+        times = (terminal(rule.last / nfe) @ shift(rule.shift) @ bent).grid(nfe)
         return Schedule(f"auto:{nfe}", from_times(times).warp)
 
     def lay_out(self, nfe: int, grid: Grid) -> tuple[Step, ...]:

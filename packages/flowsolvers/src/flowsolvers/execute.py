@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from flowsolvers.limiting import limited
-from flowsolvers.program import End, Move, Point, Sum
+from flowsolvers.program import End, Point, Program, Sum
 from flowsolvers.states import Arithmetic, Leaves, arithmetic
 
 __all__ = ["Watch", "combine", "execute"]
@@ -28,7 +28,7 @@ class Watch(Protocol):
 def execute(
     ask: Callable[[Any, Leaves], Leaves],
     x: Leaves,
-    program: tuple[Move, ...],
+    program: Program,
     watch: Watch | None = None,
 ) -> Leaves:
     """Carry out a plan.
@@ -36,7 +36,7 @@ def execute(
     Args:
         ask: Evaluates the velocity at a move's tick, in the state's form and dtype.
         x: The state at the start; it is not written to.
-        program: The plan, as `program.moves` gives it.
+        program: The plan, as `program.compiled` gives it.
         watch: Is told what happens; None where nobody asks.
 
     Returns:
@@ -44,11 +44,12 @@ def execute(
     """
     sums = arithmetic(x)
     add, add_ = sums.add, sums.add_
+    if program.euler is not None and watch is None:
+        for tick, weight in program.euler:
+            x = add(x, ask(tick, x), alpha=weight)
+        return x
     kept: list[Any] = []  # of earlier evaluations, the newest last
-    for tick, plain, point, end, direct in program:
-        if direct is not None and watch is None:
-            x = add(x, ask(tick, x), alpha=direct)
-            continue
+    for tick, plain, point, end in program.moves:
         if plain and watch is None:
             kept.append(ask(tick, x))
         elif point is not None:

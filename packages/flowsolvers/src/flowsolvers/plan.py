@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -181,7 +182,7 @@ class Plan:
         """Copy and pickle the numbers alone."""
         return type(self), (self.solver, self.schedule, self.steps)
 
-    @property
+    @cached_property
     def nfe(self) -> int:
         """Velocity evaluations in all."""
         return sum(len(step.rows) for step in self.steps)

@@ -12,7 +12,7 @@ from torch import Tensor
 from flowsolvers.context import Context
 from flowsolvers.plan import Limiter, Plan, Row, Step
 
-__all__ = ["End", "Move", "Point", "Sum", "contexts", "moves", "sum_of"]
+__all__ = ["End", "Move", "Point", "Program", "Sum", "compiled", "contexts", "sum_of"]
 
 
 class Sum(NamedTuple):
@@ -83,19 +83,28 @@ class Move(NamedTuple):
         plain: Whether the velocity is evaluated at x itself and kept.
         point: Where it is evaluated; None if it is not.
         end: The step's end, if it is one.
-        direct: The weight, where all of this is x + weight·v and nothing is kept: Euler's step.
     """
 
     tick: Tensor | tuple[Tensor, Context] | None
     plain: bool
     point: Point | None
     end: End | None
-    direct: float | None = None
 
 
-def moves(
-    plan: Plan, dtype: torch.dtype, device: torch.device, *, contextual: bool
-) -> tuple[Move, ...]:
+class Program(NamedTuple):
+    """All moves of a plan.
+
+    Args:
+        moves: In order.
+        euler: Of each move the tick and the weight, where every one is x + weight·v and nothing
+            is kept; else None.
+    """
+
+    moves: tuple[Move, ...]
+    euler: tuple[tuple[Any, float], ...] | None
+
+
+def compiled(plan: Plan, dtype: torch.dtype, device: torch.device, *, contextual: bool) -> Program:
     """Write a plan as moves, with all times on the device; a second time, give the first answer.
 
     So nothing is copied in the loop, and a solve repeated under CUDA graph capture copies nothing.
@@ -108,7 +117,8 @@ def moves(
     ticks: list[Any] = list(torch.tensor(times, dtype=dtype, device=device).unbind())
     if contextual:
         ticks = list(zip(ticks, contexts(plan), strict=True))
-    found = tuple(_moves(plan, iter(ticks)))
+    moves = tuple(_moves(plan, iter(ticks)))
+    found = Program(moves, _as_euler(moves))
     if remember:
         plan.memo[key] = found
     return found
@@ -128,11 +138,18 @@ def _moves(plan: Plan, ticks: Iterator[Any]) -> Iterator[Move]:
         for row in step.rows[:-1]:
             yield _evaluation(row, next(ticks), None)
         if step.rows:
-            move = _evaluation(step.rows[-1], next(ticks), end)
-            alone = move.plain and dropped == 1 and not kept and (index, others) == (-1, ())
-            yield move._replace(direct=weight) if alone else move
+            yield _evaluation(step.rows[-1], next(ticks), end)
         else:
             yield Move(None, False, None, end)
+
+
+def _as_euler(moves: tuple[Move, ...]) -> tuple[tuple[Any, float], ...] | None:
+    pairs: list[tuple[Any, float]] = []
+    for tick, plain, _, end in moves:
+        if not plain or end is None or (end.index, end.others, end.dropped) != (-1, (), 1):
+            return None
+        pairs.append((tick, end.weight))
+    return tuple(pairs)
 
 
 def _last_uses(plan: Plan) -> list[int]:

@@ -16,7 +16,7 @@ from flowsolvers.context import model_rows
 from flowsolvers.execute import execute
 from flowsolvers.layout import plan as lay_out
 from flowsolvers.plan import Plan
-from flowsolvers.program import contexts, moves
+from flowsolvers.program import compiled, contexts
 from flowsolvers.schedules import Schedule
 from flowsolvers.states import Leaves, State, cast, each, flatten, unflatten
 from flowsolvers.watch import NotFiniteError, Observer, Reached, finite
@@ -136,7 +136,7 @@ def solve(
     looks = check is not False and _may_look(device)
     large = sum(leaf.numel() for leaf in each(x)) >= _LARGE
     closely = looks and bool(check or (device.type == "cpu" and (on_step is not None or large)))
-    program = moves(plan, state, device, contextual=contextual)
+    program = compiled(plan, state, device, contextual=contextual)
     ask = asker(velocity, leaves, spec, state, program)
     observer = None
     if on_step is not None or trajectory or estimate or closely:
@@ -193,9 +193,10 @@ def _jumps(
 
 def _may_look(device: torch.device) -> bool:
     """Tell whether reading a number is possible here at all."""
-    if torch.compiler.is_compiling() or device.type == "meta":
+    kind = device.type
+    if kind == "meta" or torch.compiler.is_compiling():
         return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return kind != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def _solution(

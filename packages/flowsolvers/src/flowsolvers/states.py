@@ -104,7 +104,7 @@ def arithmetic(leaves: Leaves) -> Arithmetic:
 def cast(leaves: Leaves, dtype: torch.dtype) -> Leaves:
     """Convert every tensor; one that has the dtype is not copied."""
     if isinstance(leaves, Tensor):
-        return leaves.to(dtype)
+        return leaves if leaves.dtype is dtype else leaves.to(dtype)
     return [leaf.to(dtype) for leaf in leaves]
 
 
