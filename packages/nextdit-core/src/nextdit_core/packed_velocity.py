@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 import flowsolvers
-from nextdit_core.backbone import NextDiT, PreparedConditioning
+from nextdit_core.backbone import NextDiT
 from nextdit_core.context_drop import ContextDrop
+from nextdit_core.prepared_conditioning import PreparedConditioning
 from nextdit_core.tokens import Tokens
 
 __all__ = ["PackedVelocity"]
@@ -38,7 +39,9 @@ class PackedVelocity:
         drop: ContextDrop,
         options: Mapping[str, Any],
     ) -> None:
-        self.backbone, self.prepared, self.layout = backbone, prepared, layout
+        self.backbone, self.layout = backbone, layout
+        # Samples of different lengths are packed, and then their text is too, once.
+        self.prepared = prepared if layout.equal_length is not None else prepared.in_one_row
         self.drop, self.options = drop, options
         self.poolings = drop.poolings(layout, backbone.config.axes)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from nextdit_core.checkpoints import authors, class_conditional, diffusers
 from nextdit_core.checkpoints.authors import Variant
+from nextdit_core.checkpoints.feed_forwards import ExpertsBy, expert_kind
 from nextdit_core.checkpoints.fit import check_fit, check_sizes
 from nextdit_core.checkpoints.mapping import Derived, converted_shapes, own_tensors, same
 from nextdit_core.checkpoints.model_args import read_model_args
@@ -26,6 +27,7 @@ from nextdit_core.model_folder import CARD, CHECKPOINTS, find_model
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 CONSOLIDATED = re.compile(r"consolidated(_ema)?\.(\d+)-of-(\d+)\.(safetensors|pth)")
+CLASS_CONDITIONAL = (Layout.CLASS_CONDITIONAL, Layout.MIXTURE)
 STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -62,6 +64,7 @@ def open_checkpoint(
     ema: bool = False,
     patch_size: int | None = None,
     heads: int | None = None,
+    experts_by: ExpertsBy | None = None,
 ) -> Checkpoint:
     """Find the backbone that a path stands for, recognise its layout, and check its tensors.
 
@@ -71,13 +74,14 @@ def open_checkpoint(
         ema: Take the authors' averaged weights.
         patch_size: Side of a patch, where the checkpoint is the authors' and it is not 2.
         heads: Query heads, where the checkpoint is class-conditional and of no released width.
+        experts_by: "time" or "space", by what experts are chosen where no tensor tells.
 
     Returns:
         The checkpoint; of the weights only the list of names and shapes was read.
 
     Raises:
-        UserError: There is none, it is damaged or another network, or tensors are missing,
-            unexpected or misshapen.
+        UserError: There is none, it is damaged or another network, tensors are missing, unexpected
+            or misshapen, or what was said does not fit it.
     """
     place = _backbone_place(Path(path))
     files = [place] if place.is_file() else _files(place, ema)
@@ -96,11 +100,13 @@ def open_checkpoint(
     refuse_foreign(place, layout, weights.shapes)
     values = _config_values(folder)
     args = folder / "model_args.pth"
-    theirs = layout in (Layout.AUTHORS, Layout.CLASS_CONDITIONAL)
+    theirs = layout in (Layout.AUTHORS, *CLASS_CONDITIONAL)
     said = read_model_args(args) if theirs and args.is_file() else {}
     config, variant, plan, expected = _plan(
-        place, layout, weights.shapes, values, said, patch_size, heads
+        place, layout, weights.shapes, values, said, patch_size, heads, expert_kind(experts_by)
     )
+    if heads is not None and heads != config.heads:
+        raise UserError(f"heads is {heads}, and {place} says {config.heads}; leave out heads")
     check_fit(place, layout.value, weights.shapes, expected)
     if variant is None:
         return Checkpoint(place, layout, config, weights, plan)
@@ -197,6 +203,7 @@ def _plan(
     said: Mapping[str, Any],
     patch_size: int | None,
     heads: int | None,
+    experts_by: ExpertsBy | None,
 ) -> tuple[NextDiTConfig, Variant | None, dict[str, Derived], dict[str, tuple[int, ...]]]:
     """Find the sizes, what theirs adds to them, what ours is made of, and what has to be there."""
 
@@ -228,11 +235,13 @@ def _plan(
         reading, writing = diffusers.reading, diffusers.writing
     else:
         named = shapes
-        config = authors.infer_config(named, heads, lacks=lacks)
+        if layout is Layout.MIXTURE:
+            experts_by = experts_by or _experts_by(said)
+        config = authors.infer_config(named, heads, lacks=lacks, experts_by=experts_by)
         patch = patch_size or _patch_size(said)
         variant = Variant.of(named, patch, _sample_size(said, "image_size", 8))
         reading, writing = authors.reading, authors.writing
-    if layout is Layout.CLASS_CONDITIONAL:
+    if layout in CLASS_CONDITIONAL:
         reading, writing = class_conditional.reading, class_conditional.writing
         authors.check_patches(config, patch)
     else:
@@ -249,6 +258,14 @@ def _check_class(place: Path, values: Mapping[str, Any]) -> None:
             f"{place} holds the weights of {diffusers.CLASS} and a config.json of {name}; they do "
             f"not belong together"
         )
+
+
+def _experts_by(model_args: Mapping[str, Any]) -> ExpertsBy | None:
+    """Read by what experts are chosen from a name such as DiT_Llama_600M_patch2_Spatial."""
+    name = str(model_args.get("model", ""))
+    if not name.startswith("DiT_Llama_") or name.endswith("_Both"):
+        return None
+    return "space" if name.endswith("_Spatial") else "time"
 
 
 def _patch_size(model_args: Mapping[str, Any]) -> int:

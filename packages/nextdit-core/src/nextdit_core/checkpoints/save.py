@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from nextdit_core.checkpoints import authors, diffusers
+from nextdit_core.checkpoints import authors, class_conditional, diffusers
 from nextdit_core.checkpoints.authors import Variant
 from nextdit_core.checkpoints.mapping import same
 from nextdit_core.checkpoints.model_args import write_model_args
 from nextdit_core.checkpoints.own_config import own_config_values
 from nextdit_core.checkpoints.shards import parse_size, save_shards
-from nextdit_core.config import SIZES, NextDiTConfig
+from nextdit_core.config import NextDiTConfig
 from nextdit_core.errors import unknown_name
 from nextdit_core.folder import check_free, new_folder, write_json, write_text
 
@@ -24,8 +24,17 @@ __all__ = ["MAX_SHARD_SIZE", "LayoutName", "save_backbone", "write_backbone"]
 LayoutName = Literal["nextdit", "diffusers", "authors"]
 MAX_SHARD_SIZE = "5GB"
 
-#: The constructors of the authors' text-to-image folder.
+#: The constructors of the authors' text-to-image folder, and of the class-conditional ones.
 CONSTRUCTORS = {"2b": "NextDiT_2B_patch2", "2b-gqa": "NextDiT_2B_GQA_patch2"}
+CLASS_CONSTRUCTORS = {
+    "600m": "DiT_Llama_600M_patch2",
+    "2b": "DiT_Llama_2B_patch2",
+    "3b": "DiT_Llama_3B_patch2",
+    "7b": "DiT_Llama_7B_patch2",
+    "600m-moe-time": "DiT_Llama_600M_patch2",
+    "600m-moe-space": "DiT_Llama_600M_patch2_Spatial",
+    "600m-moe-both": "DiT_Llama_600M_patch2_Both",
+}
 
 
 def save_backbone(
@@ -53,7 +62,8 @@ def save_backbone(
         else:
             # Their readers count shards as model-parallel ranks, so there is one file.
             total = sum(tensor.nbytes for tensor in weights.values())
-            plan = authors.writing(config, variant)
+            theirs = authors if config.classes is None else class_conditional
+            plan = theirs.writing(config, variant)
             save_shards(folder, "consolidated.00-of-01", weights, plan, 2 * total)
             args = model_args_of(config)
             if args is not None:
@@ -81,7 +91,9 @@ def check_savable(
         UserError: The place is taken, or the layout does not exist or cannot hold the backbone.
     """
     parse_size(max_shard_size)
-    if layout_name(layout) != "nextdit":
+    if layout_name(layout) == "authors" and config.classes is not None:
+        class_conditional.check_expressible(config, patch_size)
+    elif layout != "nextdit":
         authors.check_expressible(config, patch_size)
     check_free(path)
 
@@ -101,12 +113,15 @@ def write_backbone(
 
 def model_args_of(config: NextDiTConfig) -> dict[str, Any] | None:
     """Give what the weights say of the authors' arguments, where a constructor of theirs fits."""
-    for size, constructor in CONSTRUCTORS.items():
-        named = NextDiTConfig.named(
-            size, token_dim=config.token_dim, text_dim=config.text_dim, qk_norm=config.qk_norm
-        )
-        if named == config and size in SIZES:
-            return {"model": constructor, "qk_norm": config.qk_norm, "model_parallel_size": 1}
+    constructors = CONSTRUCTORS if config.classes is None else CLASS_CONSTRUCTORS
+    given = {
+        name: getattr(config, name)
+        for name in ("token_dim", "text_dim", "qk_norm", "classes", "final_shift")
+    }
+    for size, constructor in constructors.items():
+        if NextDiTConfig.named(size, **given) == config:
+            said = {"model": constructor, "qk_norm": config.qk_norm, "model_parallel_size": 1}
+            return said if config.classes is None else said | {"num_classes": config.classes}
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -26,6 +27,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file.")
 @click.option("--ema", is_flag=True, help="Take the authors' averaged weights.")
 @click.option("--patch-size", type=int, help="Side of a patch, where it is not 2.")
+@click.option("--heads", type=click.IntRange(1), help="Query heads, where no tensor tells them.")
+@click.option(
+    "--experts-by",
+    type=click.Choice(["time", "space"]),
+    help="By what experts are chosen, where no tensor tells it.",
+)
 @click.option(
     "--sample-size",
     type=click.IntRange(1),
@@ -39,6 +46,8 @@ def convert(
     max_shard_size: str,
     ema: bool,
     patch_size: int | None,
+    heads: int | None,
+    experts_by: Literal["time", "space"] | None,
     sample_size: int | None,
 ) -> None:
     """Write the backbone of SOURCE to the new folder DEST.
@@ -54,7 +63,13 @@ def convert(
     from nextdit_core.checkpoints.save import check_savable, layout_name
 
     name = layout_name(layout)
-    checkpoint = open_checkpoint(local_path(source, ema=ema), ema=ema, patch_size=patch_size)
+    checkpoint = open_checkpoint(
+        local_path(source, ema=ema),
+        ema=ema,
+        patch_size=patch_size,
+        heads=heads,
+        experts_by=experts_by,
+    )
     patch = patch_size or checkpoint.patch_size
     check_savable(checkpoint.config, dest, name, max_shard_size, patch)
     click.echo(f"read     {checkpoint.place}: {checkpoint.layout.value}")
@@ -72,6 +87,5 @@ def convert(
         for line in checkpoint.left_out:
             click.echo(f"left out {line}")
     else:
-        click.echo(
-            "zeros    pad_token and the second half of the output; no result depends on them"
-        )
+        pad = "pad_token and " if model.config.classes is None else ""
+        click.echo(f"zeros    {pad}the second half of the output; no result depends on them")
