@@ -163,13 +163,9 @@ def test_no_step_copies_reads_or_waits(
         options = options | {"rope": model.rope.extrapolate("time-aware", scale=(1.0, 2.0, 2.0))}
     prepared = model.prepare(_text(5, 3, 1, 1))
 
-    def velocity(prepared: PreparedConditioning, layout: Tokens) -> flowsolvers.Velocity:
-        made = PackedVelocity(model, prepared, layout, ContextDrop(()), options)
-        if "pad_to" in options:
-            made.prepared = prepared  # padded rows attend to rows of text
-        return made
-
-    both, alone = velocity(prepared, Tokens.pack([one, one])), velocity(prepared.first(2), one)
+    no_drop = ContextDrop(())
+    both = PackedVelocity(model, prepared, Tokens.pack([one, one]), no_drop, options)
+    alone = PackedVelocity(model, prepared.first(2), one, no_drop, options)
     guided = Guidance(3.0).velocity(both, alone, one.lengths)
     crossings: list[list[str]] = []
     with torch.no_grad(), watched() as watch:

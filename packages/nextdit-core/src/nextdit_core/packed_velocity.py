@@ -41,7 +41,8 @@ class PackedVelocity:
     ) -> None:
         self.backbone, self.layout = backbone, layout
         # Samples of different lengths are packed, and then their text is too, once.
-        self.prepared = prepared if layout.equal_length is not None else prepared.in_one_row
+        packs = layout.equal_length is None and options.get("pad_to") is None
+        self.prepared = prepared.in_one_row if packs else prepared
         self.drop, self.options = drop, options
         self.poolings = drop.poolings(layout, backbone.config.axes)
 
