@@ -57,6 +57,10 @@ class NextDiTConfig:
         space_experts: Feed-forward layers of which each token chooses some; 0 for none. With both
             kinds a block has a feed-forward layer of each, first time, then space.
         experts_per_token: How many experts of a kind a token passes through.
+        patch_size: Side of the patch that a token is, which decides the order of its numbers in the
+            layouts of others; None where it is not known. Nothing here computes with it.
+        sample_size: Side of the latents that it was trained on, from which diffusers' pipeline
+            extrapolates; None where it is not known. Nothing here computes with it.
 
     Raises:
         UserError: A size does not fit the others.
@@ -84,11 +88,14 @@ class NextDiTConfig:
     time_experts: int = 0
     space_experts: int = 0
     experts_per_token: int = 2
+    patch_size: int | None = None
+    sample_size: int | None = None
 
     def __post_init__(self) -> None:
         """Check the sizes against one another."""
         sizes = ("token_dim", "width", "layers", "heads", "multiple_of")
-        for name in (*sizes, "kv_heads", "text_dim", "classes"):
+        optional = ("kv_heads", "text_dim", "classes", "patch_size", "sample_size")
+        for name in (*sizes, *optional):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"model.{name} is {value}; expected at least 1")

@@ -55,12 +55,10 @@ class Variant:
     sample_size: int = 128
 
     @classmethod
-    def of(
-        cls, shapes: Mapping[str, tuple[int, ...]], patch_size: int, sample_size: int
-    ) -> Variant:
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], patch_size: int) -> Variant:
         """Read it from the shapes, in their names, and from what no shape tells."""
         rows, columns = shapes.get(OUTPUT[0], (0,))[0], shapes.get(INPUT, (0, 0))[-1]
-        return cls(patch_size, rows != columns, PAD in shapes, sample_size)
+        return cls(patch_size, rows != columns, PAD in shapes)
 
     def left_out(self, config: NextDiTConfig) -> tuple[str, ...]:
         """Say what reading drops."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,6 @@ class Checkpoint:
         config: Its sizes.
         weights: Its tensors, to be read a few at a time.
         plan: What each of our tensors is made of.
-        patch_size: Side of a patch; 2 where nothing tells.
-        sample_size: Side of the latents that it was trained on; 128 where nothing tells.
         left_out: What it holds and a backbone does not need, in words.
         model_args: What the authors' training script was started with, where it is known.
     """
@@ -52,8 +50,6 @@ class Checkpoint:
     config: NextDiTConfig
     weights: Weights
     plan: Mapping[str, Derived]
-    patch_size: int = 2
-    sample_size: int = 128
     left_out: tuple[str, ...] = ()
     model_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -72,7 +68,7 @@ def open_checkpoint(
         path: A backbone's folder, a saved model, a run, a diffusers pipeline or its transformer, an
             authors' folder, or a single weight file.
         ema: Take the authors' averaged weights.
-        patch_size: Side of a patch, where the checkpoint is the authors' and it is not 2.
+        patch_size: Side of a patch, where the checkpoint does not say it and it is not 2.
         heads: Query heads, where the checkpoint is class-conditional and of no released width.
         experts_by: "time" or "space", by what experts are chosen where no tensor tells.
 
@@ -107,12 +103,17 @@ def open_checkpoint(
     )
     if heads is not None and heads != config.heads:
         raise UserError(f"heads is {heads}, and {place} says {config.heads}; leave out heads")
+    if patch_size is not None and config.patch_size not in (None, patch_size):
+        raise UserError(
+            f"patch_size is {patch_size}, and {place} says {config.patch_size}; leave out "
+            f"patch_size"
+        )
+    config = replace(config, patch_size=patch_size or config.patch_size)
     check_fit(place, layout.value, weights.shapes, expected)
     if variant is None:
         return Checkpoint(place, layout, config, weights, plan)
-    sides = variant.patch_size, variant.sample_size
     left_out = variant.left_out(config)
-    return Checkpoint(place, layout, config, weights, plan, *sides, left_out, said)
+    return Checkpoint(place, layout, config, weights, plan, left_out, said)
 
 
 def _backbone_place(path: Path) -> Path:
@@ -231,7 +232,8 @@ def _plan(
         else:
             _check_class(place, values)
             config, patch = diffusers.read_config(values)
-        variant = Variant.of(named, patch, _sample_size(values or {}, "sample_size", 1))
+        side = _sample_size(values or {}, "sample_size", 1)
+        variant = Variant.of(named, patch)
         reading, writing = diffusers.reading, diffusers.writing
     else:
         named = shapes
@@ -239,7 +241,8 @@ def _plan(
             experts_by = experts_by or _experts_by(said)
         config = authors.infer_config(named, heads, lacks=lacks, experts_by=experts_by)
         patch = patch_size or _patch_size(said)
-        variant = Variant.of(named, patch, _sample_size(said, "image_size", 8))
+        side = _sample_size(said, "image_size", 8)
+        variant = Variant.of(named, patch)
         reading, writing = authors.reading, authors.writing
     if layout in CLASS_CONDITIONAL:
         reading, writing = class_conditional.reading, class_conditional.writing
@@ -248,6 +251,7 @@ def _plan(
         authors.check_expressible(config, patch)
     check_sizes(place, config, named, authors.layer_count(named))
     expected = converted_shapes(config, writing(config, variant))
+    config = replace(config, patch_size=patch, sample_size=side)
     return config, variant, reading(config, variant), expected
 
 
@@ -274,8 +278,8 @@ def _patch_size(model_args: Mapping[str, Any]) -> int:
     return int(match.group(1)) if match else 2
 
 
-def _sample_size(values: Mapping[str, Any], key: str, pixels: int) -> int:
-    """Read the side of the latents that a checkpoint was trained on; the releases' is 128."""
+def _sample_size(values: Mapping[str, Any], key: str, pixels: int) -> int | None:
+    """Read the side of the latents that a checkpoint was trained on, where it says so."""
     found = values.get(key)
-    known = isinstance(found, int) and 0 < found < 1 << 20
-    return found // pixels if known and found >= pixels else 128
+    known = isinstance(found, int) and pixels <= found < 1 << 20
+    return found // pixels if known else None

@@ -48,7 +48,7 @@ class Pretrained:
             dtype: What the weights become; as stored when None.
             device: Where they go.
             ema: Take the authors' averaged weights (`consolidated_ema.*`).
-            patch_size: Side of a patch, where the checkpoint is the authors' and it is not 2.
+            patch_size: Side of a patch, where the checkpoint does not say it and it is not 2.
             heads: Query heads, where the checkpoint is class-conditional and of no released width.
             experts_by: By what the experts of a mixture are chosen, "time" or "space", where no
                 tensor tells: up to a width of 1024, without a `model_args.pth`.
@@ -98,8 +98,8 @@ class Pretrained:
         *,
         layout: Literal["nextdit", "diffusers", "authors"] = "nextdit",
         max_shard_size: int | str = "5GB",
-        patch_size: int = 2,
-        sample_size: int = 128,
+        patch_size: int | None = None,
+        sample_size: int | None = None,
     ) -> None:
         """Write a folder that `from_pretrained` reads.
 
@@ -113,9 +113,9 @@ class Pretrained:
             max_shard_size: Most bytes of tensors in one file, such as "5GB"; there are several and
                 an index where that is too little. The authors' layout is always one file.
             patch_size: Side of a patch, which decides the order of the numbers in a token in the
-                layouts of others.
-            sample_size: Side of the latents that it was trained on, for diffusers, whose pipeline
-                extrapolates from it.
+                layouts of others; the config's, or else 2, when None.
+            sample_size: Side of the latents that it was trained on, from which diffusers' pipeline
+                extrapolates; the config's, or else 128, when None. Our own layout keeps both.
 
         Raises:
             UserError: The place is taken or not writable, the disk is full, or the backbone has no

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +24,8 @@ __all__ = ["MAX_SHARD_SIZE", "LayoutName", "save_backbone", "write_backbone"]
 
 LayoutName = Literal["nextdit", "diffusers", "authors"]
 MAX_SHARD_SIZE = "5GB"
+#: What the releases have, taken where a config does not say.
+PATCH_SIZE, SAMPLE_SIZE = 2, 128
 
 #: The constructors of the authors' text-to-image folder, and of the class-conditional ones.
 CONSTRUCTORS = {"2b": "NextDiT_2B_patch2", "2b-gqa": "NextDiT_2B_GQA_patch2"}
@@ -44,13 +47,20 @@ def save_backbone(
     *,
     layout: LayoutName = "nextdit",
     max_shard_size: int | str = MAX_SHARD_SIZE,
-    patch_size: int = 2,
-    sample_size: int = 128,
+    patch_size: int | None = None,
+    sample_size: int | None = None,
 ) -> None:
     """Write a folder; see `NextDiT.save_pretrained`."""
-    check_savable(config, Path(path), layout, max_shard_size, patch_size)
+    config = replace(
+        config,
+        patch_size=config.patch_size if patch_size is None else patch_size,
+        sample_size=config.sample_size if sample_size is None else sample_size,
+    )
+    check_savable(config, Path(path), layout, max_shard_size)
     most = parse_size(max_shard_size)
-    variant = Variant(patch_size, sample_size=sample_size)
+    variant = Variant(
+        config.patch_size or PATCH_SIZE, sample_size=config.sample_size or SAMPLE_SIZE
+    )
     with new_folder(Path(path)) as folder:
         if layout == "nextdit":
             write_backbone(folder, weights, config, max_shard_size=most)
@@ -83,13 +93,14 @@ def layout_name(name: str) -> LayoutName:
 
 
 def check_savable(
-    config: NextDiTConfig, path: Path, layout: str, max_shard_size: int | str, patch_size: int
+    config: NextDiTConfig, path: Path, layout: str, max_shard_size: int | str
 ) -> None:
     """Find out what would stop a save, before weights are read or written.
 
     Raises:
         UserError: The place is taken, or the layout does not exist or cannot hold the backbone.
     """
+    patch_size = config.patch_size or PATCH_SIZE
     parse_size(max_shard_size)
     if layout_name(layout) == "authors" and config.classes is not None:
         class_conditional.check_expressible(config, patch_size)
@@ -116,8 +127,9 @@ def model_args_of(config: NextDiTConfig) -> dict[str, Any] | None:
     constructors = CONSTRUCTORS if config.classes is None else CLASS_CONSTRUCTORS
     given = {
         name: getattr(config, name)
-        for name in ("token_dim", "text_dim", "qk_norm", "classes", "final_shift")
+        for name in ("token_dim", "text_dim", "qk_norm", "classes", "final_shift", "sample_size")
     }
+    config = replace(config, patch_size=None if config.patch_size == 2 else config.patch_size)
     for size, constructor in constructors.items():
         if NextDiTConfig.named(size, **given) == config:
             said = {"model": constructor, "qk_norm": config.qk_norm, "model_parallel_size": 1}

@@ -26,7 +26,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Number format; as stored by default.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file.")
 @click.option("--ema", is_flag=True, help="Take the authors' averaged weights.")
-@click.option("--patch-size", type=int, help="Side of a patch, where it is not 2.")
+@click.option("--patch-size", type=int, help="Side of a patch, where SOURCE does not say.")
 @click.option("--heads", type=click.IntRange(1), help="Query heads, where no tensor tells them.")
 @click.option(
     "--experts-by",
@@ -36,7 +36,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 @click.option(
     "--sample-size",
     type=click.IntRange(1),
-    help="Side of the latents that it was trained on, for diffusers; SOURCE's, or 128.",
+    help="Side of the latents that it was trained on; SOURCE's, or for diffusers 128.",
 )
 def convert(
     source: str,
@@ -70,16 +70,14 @@ def convert(
         heads=heads,
         experts_by=experts_by,
     )
-    patch = patch_size or checkpoint.patch_size
-    check_savable(checkpoint.config, dest, name, max_shard_size, patch)
+    check_savable(checkpoint.config, dest, name, max_shard_size)
     click.echo(f"read     {checkpoint.place}: {checkpoint.layout.value}")
     model = read_backbone(checkpoint, dtype=None if dtype is None else getattr(torch, dtype))
     model.save_pretrained(
         dest,
         layout=name,
         max_shard_size=max_shard_size,
-        patch_size=patch,
-        sample_size=sample_size or checkpoint.sample_size,
+        sample_size=sample_size,
     )
     count = sum(parameter.numel() for parameter in model.parameters())
     click.echo(f"written  {dest}: {count:,} parameters, layout {layout}")
