@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -68,7 +66,7 @@ class PreparedConditioning:
         lengths = self.lengths if self.packed else None
         return LayerText(self.text_keys[index], self.text_values[index], self.mask, lengths)
 
-    @cached_property
+    @property
     def in_one_row(self) -> PreparedConditioning:
         """The packed form, which packed samples attend to without a mask; gathered once.
 
@@ -77,10 +75,18 @@ class PreparedConditioning:
         """
         if self.packed or not self.text_keys or self.lengths is None:
             return self
+        if torch.compiler.is_compiling():
+            return self._gathered(self.lengths)
+        kept = vars(self)  # not `cached_property`, whose lock no compiler enters
+        if "_in_one_row" not in kept:
+            kept["_in_one_row"] = self._gathered(self.lengths)
+        return kept["_in_one_row"]
+
+    def _gathered(self, lengths: tuple[int, ...]) -> PreparedConditioning:
         longest = self.text_keys[0].shape[1]
         real = [
             sample * longest + token
-            for sample, length in enumerate(self.lengths)
+            for sample, length in enumerate(lengths)
             for token in range(length)
         ]
         places = torch.tensor(real, device=self.text_keys[0].device)
@@ -88,7 +94,14 @@ class PreparedConditioning:
         def gather(tensor: Tensor) -> Tensor:
             return tensor.flatten(0, 1).index_select(0, places)
 
-        return self._with(gather, mask=None, packed=True)
+        return PreparedConditioning(
+            self.vector,
+            tuple(gather(keys) for keys in self.text_keys),
+            tuple(gather(values) for values in self.text_values),
+            None,
+            lengths,
+            packed=True,
+        )
 
     def first(self, count: int) -> PreparedConditioning:
         """Take the first samples of a batch."""
@@ -101,16 +114,4 @@ class PreparedConditioning:
             None if self.mask is None else self.mask[:count],
             lengths,
             self.packed,
-        )
-
-    def _with(
-        self, change: Callable[[Tensor], Tensor], mask: Tensor | None, packed: bool
-    ) -> PreparedConditioning:
-        return PreparedConditioning(
-            self.vector,
-            tuple(change(keys) for keys in self.text_keys),
-            tuple(change(values) for values in self.text_values),
-            mask,
-            self.lengths,
-            packed,
         )
