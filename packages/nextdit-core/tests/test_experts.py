@@ -4,11 +4,15 @@
 output of `DiT_Llama` of Next-DiT-MoE's models.py, models1.py and models2.py (Alpha-VLLM/Lumina-T2X
 1c60696) in float32, with torch's linear and embedding layers in the place of fairscale's: dim 8,
 2 layers, 2 heads, 1 key head, multiple_of 8, 5 classes, QK-norm, and random weights, none of them
-zero.
+zero. Where NEXTDIT_AUTHORS names a checkout of theirs, it is run besides.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +90,81 @@ def test_velocity_equals_the_authors(kind: Kind, folder: Path, recorded: dict[st
     found = (model.config.time_experts, model.config.space_experts)
     assert found == {"time": (8, 0), "space": (0, 8), "both": (4, 4)}[kind]
     assert (_velocity(model, recorded) - recorded["out"]).abs().max() <= 1e-5
+
+
+@pytest.fixture
+def authors_code(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import their network from a checkout of Lumina-T2X, on one process and the CPU."""
+    checkout = os.environ.get("NEXTDIT_AUTHORS")
+    if not checkout:
+        pytest.skip("no code of the authors: set NEXTDIT_AUTHORS to a checkout of Lumina-T2X")
+
+    class Linear(nn.Linear):
+        def __init__(self, *sizes: int, bias: bool = True, init_method: Any, **ignored: Any):
+            super().__init__(*(*sizes, *ignored.values())[:2], bias=bias)
+            init_method(self.weight)
+
+    class Embedding(nn.Embedding):
+        def __init__(self, *sizes: int, init_method: Any):
+            super().__init__(*sizes)
+
+    def module(name: str, **members: Any) -> None:
+        made = types.ModuleType(name)
+        vars(made).update(members)
+        monkeypatch.setitem(sys.modules, name, made)
+
+    parallel = "fairscale.nn.model_parallel"
+    for name in ("fairscale", "fairscale.nn", parallel):
+        module(name)
+    module(f"{parallel}.initialize", get_model_parallel_world_size=lambda: 1)
+    vars(sys.modules[parallel])["initialize"] = sys.modules[f"{parallel}.initialize"]
+    layers = {"ColumnParallelLinear": Linear, "RowParallelLinear": Linear}
+    module(f"{parallel}.layers", ParallelEmbedding=Embedding, **layers)
+    module("flash_attn", flash_attn_func=None)
+    unused = dict.fromkeys(("index_first_axis", "pad_input", "unpad_input"))
+    module("flash_attn.bert_padding", **unused)
+    name = {"time": "models", "space": "models1", "both": "models2"}[kind]
+    file = Path(checkout) / "Next-DiT-MoE" / "models" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"authors_{name}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    code = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # of SwiGLU
+    spec.loader.exec_module(code)
+    return code
+
+
+@pytest.mark.filterwarnings("ignore:.torch.cuda.amp.autocast")
+@pytest.mark.parametrize("seed", range(5))
+def test_velocity_equals_the_authors_code_run_here(
+    kind: Kind, authors_code: Any, seed: int, tmp_path: Path
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    heads = (2, 4, 6)[seed % 3]
+    theirs = authors_code.DiT_Llama(
+        dim=heads * 12,
+        n_layers=1 + seed % 3,
+        n_heads=heads,
+        n_kv_heads=heads // 2,
+        multiple_of=8,
+        num_classes=7,
+        qk_norm=seed != 1,
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            size = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
+            parameter.copy_(torch.randn(parameter.shape, generator=random) * size)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1.0)
+        case = {
+            "x": torch.randn(3, 4, 6, 10, generator=random),
+            "t": torch.rand(3, generator=random),
+            "y": torch.tensor([2, 6, 7]),
+        }
+        expected = theirs(case["x"], case["t"], case["y"])
+    torch.save(theirs.state_dict(), tmp_path / "consolidated.00-of-01.pth")
+    ours = NextDiT.from_pretrained(tmp_path, heads=heads, experts_by=_by(kind))
+    assert (_velocity(ours, case) - expected).abs().max() <= 1e-5
 
 
 def test_the_authors_layout_is_written_bit_for_bit(
