@@ -38,6 +38,7 @@ from nextdit_core.arrangement import arrange
 from nextdit_core.checkpoints.model_args import read_model_args, write_model_args
 from nextdit_core.checkpoints.save import model_args_of
 from nextdit_core.experts import Experts, SpaceExperts, TimeExperts
+from nextdit_core.training.activations import checkpoint_blocks
 
 Kind = Literal["time", "space", "both"]
 KINDS: tuple[Kind, ...] = ("time", "space", "both")
@@ -437,6 +438,19 @@ def test_what_routers_choose_can_be_watched(kind: Kind, random: torch.Generator)
     with watch_routing() as later:
         pass
     assert later == []
+
+
+def test_forgotten_activations_change_no_gradient(kind: Kind, random: torch.Generator) -> None:
+    model = _backbone(kind, random)
+    batch, t = Tokens.pack(_samples(random, (2, 3), (4, 4))), torch.tensor([0.1, 0.8])
+    gradients = []
+    for forget in (False, True):
+        if forget:
+            checkpoint_blocks(model)
+        loss = model(batch, t).square().mean()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_balance_is_one_where_all_experts_are_alike() -> None:
