@@ -36,11 +36,12 @@ class Block(nn.Module):
             return nn.RMSNorm(size, eps=config.norm_eps)
 
         self.attention = Attention(config)
-        self.attention_norm1, self.attention_norm2 = norm(width), norm(width)
         #: What follows `feed_forward` and `ffn_norm` in the names of each feed-forward sublayer.
         self.kinds = ("_time", "_space") if config.both_experts else ("",)
         for kind in self.kinds:
             setattr(self, f"feed_forward{kind}", _feed_forward(config, kind))
+        self.attention_norm1, self.attention_norm2 = norm(width), norm(width)
+        for kind in self.kinds:
             setattr(self, f"ffn_norm{kind}1", norm(width))
             setattr(self, f"ffn_norm{kind}2", norm(width))
         if config.text_dim is not None:
