@@ -205,6 +205,53 @@ def test_what_a_step_makes_anew_does_not_grow_with_the_layers(
     assert sum(few.values()) <= 6
 
 
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [(((3, 4), (3, 4)), {}), (((3, 4), (2, 5)), {}), (((3, 4), (2, 5)), {"pad_to": 16})],
+    ids=["dense", "packed", "padded"],
+)
+def test_angles_are_computed_once_unless_they_follow_the_time(
+    random: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    shapes: tuple[tuple[int, int], ...],
+    options: dict[str, Any],
+) -> None:
+    model = NextDiT(NextDiTConfig(token_dim=4, width=32, heads=4, text_dim=8)).eval()
+    positions = [rope3d.grid(frames=1, height=r, width=c) for r, c in shapes]
+    lengths = tuple(len(one) for one in positions)
+    values = torch.randn(sum(lengths), 4, generator=random)
+    tokens = Tokens(values, torch.cat(positions), lengths)
+    t = torch.tensor([0.3, 0.3])
+    calls: list[str] = []
+
+    def counted(kind: type) -> None:
+        own = kind.rotation
+
+        def count(self: Any, *args: Any) -> rope3d.Rotation:
+            calls.append(kind.__name__)
+            return own(self, *args)
+
+        monkeypatch.setattr(kind, "rotation", count)
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.2)
+        prepared = model.prepare(Conditioning(torch.randn(2, 5, 8), torch.tensor([5, 3])))
+        counted(rope3d.Rope)
+        counted(rope3d.TimedRope)
+        for method, count in ((None, 1), ("ntk", 1), ("time-aware", 3)):
+            choice = dict(options)
+            if method is not None:
+                scale = (1.0, 2.0, 2.0)
+                choice["rope"] = model.rope.extrapolate(method, scale=scale, trained=(1, 4, 4))
+            expected = model(tokens, t, prepared, **choice)
+            calls.clear()
+            velocity = PackedVelocity(model, prepared, tokens, ContextDrop(()), choice)
+            found = [velocity(t[0], values) for _ in range(3)]
+            assert len(calls) == count
+            assert all((one - expected).abs().max() <= 1e-6 for one in found)
+
+
 def test_packed_samples_attend_to_packed_text(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[rope3d.GatedText] = []
     attend = rope3d.attention

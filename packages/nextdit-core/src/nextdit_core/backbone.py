@@ -230,7 +230,7 @@ class NextDiT(Pretrained, nn.Module):
         t: Tensor,
         condition: Conditioning | PreparedConditioning | None = None,
         *,
-        rope: rope3d.Rope | rope3d.TimedRope | None = None,
+        rope: rope3d.Rope | rope3d.TimedRope | rope3d.Rotation | None = None,
         scale: Scale = None,
         trained_tokens: int | None = None,
         pooling: Pooling | None = None,
@@ -246,7 +246,8 @@ class NextDiT(Pretrained, nn.Module):
             t: `[batch]` in [0, 1], 0 = noise.
             condition: As given, or as returned by `prepare`.
             rope: Another rotary layout for this call, over three position columns, such as
-                `model.rope.extrapolate("time-aware", scale=(1, 2, 2))`; it may follow t.
+                `model.rope.extrapolate("time-aware", scale=(1, 2, 2))`; it may follow t. Or the
+                rotation itself, of the samples as they lie in rows (`nextdit_core.arrangement`).
             scale: Softmax scale of the self attention; "proportional" needs
                 `trained_tokens`; None is 1/sqrt(head_dim).
             trained_tokens: Tokens per sample at training, for "proportional".
@@ -281,7 +282,7 @@ class NextDiT(Pretrained, nn.Module):
         t: Tensor,
         condition: Conditioning | PreparedConditioning | None = None,
         *,
-        rope: rope3d.Rope | rope3d.TimedRope | None = None,
+        rope: rope3d.Rope | rope3d.TimedRope | rope3d.Rotation | None = None,
         scale: Scale = None,
         trained_tokens: int | None = None,
         pooling: Pooling | None = None,
@@ -325,9 +326,10 @@ class NextDiT(Pretrained, nn.Module):
             raise ValueError("padded rows need their text in rows too, as `prepare` gives it")
         time = self.t_embedder(t)
         modulation = time if condition.vector is None else time + condition.vector
-        positions = arrangement.place(tokens.positions)
-        times = t if arrangement.lengths is None else arrangement.spread(t[:, None])[..., 0]
-        rotation = (rope or self.rope).rotation(positions, times)
+        rotation = rope
+        if not isinstance(rotation, rope3d.Rotation):
+            times = t if arrangement.lengths is None else arrangement.spread(t[:, None])[..., 0]
+            rotation = (rotation or self.rope).rotation(arrangement.place(tokens.positions), times)
         choice = AttentionChoice(rotation, scale, trained_tokens, pooling)
         x = arrangement.place(tokens.values)
         for index, block in enumerate(self.blocks):

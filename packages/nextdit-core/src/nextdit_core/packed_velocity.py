@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 import flowsolvers
+import rope3d
+from nextdit_core.arrangement import arrange
 from nextdit_core.backbone import NextDiT
 from nextdit_core.context_drop import ContextDrop
 from nextdit_core.prepared_conditioning import PreparedConditioning
@@ -43,7 +45,13 @@ class PackedVelocity:
         # Samples of different lengths are packed, and then their text is too, once.
         packs = layout.equal_length is None and options.get("pad_to") is None
         self.prepared = prepared.in_one_row if packs else prepared
-        self.drop, self.options = drop, options
+        self.drop = drop
+        # Angles that do not follow the time are the same in every step.
+        rope = options.get("rope") or backbone.rope
+        if isinstance(rope, rope3d.Rope):
+            rows = arrange(layout, pack=self.prepared.packed, pad_to=options.get("pad_to"))
+            rope = rope.rotation(rows.place(layout.positions))
+        self.options = {**options, "rope": rope}
         self.poolings = drop.poolings(layout, backbone.config.axes)
 
     @property
