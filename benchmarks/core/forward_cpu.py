@@ -1,12 +1,13 @@
-"""One forward on the CPU: `python benchmarks/core/forward_cpu.py [--write]`.
+"""One forward on the CPU: `python benchmarks/core/forward_cpu.py [--compiled] [--write]`.
 
 Ours and diffusers', with the same weights, against the bare matrix products and attention at the
-same shapes. Everything runs in one thread, in turns; the least CPU time of several rounds. Then a
-sampling loop with guidance, and how soon each comes within an error of a long solution.
+same shapes; with `--compiled` both under torch.compile besides. Everything runs in one thread, in
+turns; the median CPU time of several rounds, and the spread.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -45,14 +46,19 @@ def main() -> int:
         summary.head(
             f"- model: width {WIDTH}, {LAYERS} layers, {HEADS} heads, {KV_HEADS} of keys; "
             f"batch {BATCH} of {CHANNELS} x {SIDE} x {SIDE}, {(SIDE // PATCH) ** 2} tokens "
-            f"each, text {TEXT} x {TEXT_DIM}, one sample's half masked"
+            f"each, text {TEXT} x {TEXT_DIM}, one sample's half masked",
+            f"- CPU time of one thread, median of {options.rounds} rounds in which each runs once; "
+            f"spread: half of what lies between the 20th and the 80th percentile",
+            summary.load(),
         ),
     ]
     parts += [
         report(dtype, options.rounds, compiled=options.compiled)
         for dtype in (torch.float32, torch.bfloat16)
     ]
-    return summary.finish(parts, "forward-cpu", write=options.write)
+    parts.append(summary.load("at the end"))
+    name = "forward-cpu-compiled" if options.compiled else "forward-cpu"
+    return summary.finish(parts, name, write=options.write)
 
 
 @torch.no_grad()
@@ -91,33 +97,56 @@ def report(dtype: torch.dtype, rounds: int, *, compiled: bool) -> str:
         "ours, text prepared": lambda: ours(tokens, t, prepared),
         "diffusers": run_theirs,
     }
+    outputs = {"ours and diffusers": unpatchify(ours(tokens, t, condition), x)}
+    outputs["ours and diffusers"] -= run_theirs().chunk(2, 1)[0]
+    notes = ""
     if compiled:
-        quick = torch.compile(ours)
-        cases["ours, compiled"] = lambda: quick(tokens, t, condition)
+        blocks = our_model(diffusers_model()).to(dtype)
+        for block in blocks.blocks:
+            block.compile(fullgraph=True, dynamic=True)
         other = torch.compile(theirs)
-        cases["diffusers, compiled"] = lambda: run_theirs(other)
-    apart = unpatchify(ours(tokens, t, condition), x) - run_theirs().chunk(2, 1)[0]
-    least = dict.fromkeys(cases, float("inf"))
+        others: dict[str, Callable[[], Tensor]] = {
+            "ours, each block compiled": lambda: blocks(tokens, t, condition),
+            "diffusers, compiled": lambda: run_theirs(other),
+        }
+        for name, case in others.items():
+            eager = cases["diffusers" if "diffusers" in name else "ours"]()
+            assert isinstance(eager, Tensor)
+            begun = time.perf_counter()
+            outputs[f"{name} and eager"] = case() - eager
+            notes += f" {name}: {time.perf_counter() - begun:.0f} s;"
+        notes = f"\n\nThe first call, with compilation:{notes[:-1]}."
+        cases |= others
+    times: dict[str, list[float]] = {name: [] for name in cases}
     for case in cases.values():
         case()
     for _ in range(rounds):
         for name, case in cases.items():
             begun = time.thread_time()
             case()
-            least[name] = min(least[name], time.thread_time() - begun)
-    bare = least["matrix products alone"] + least["attention alone"]
-    lines = ["| | ms | over bare | diffusers over it |", "|---|---|---|---|"]
-    for name, seconds in {"bare: both": bare, **least}.items():
-        lines.append(
-            f"| {name} | {seconds * 1e3:.0f} | {seconds / bare:.2f} | "
-            f"{least['diffusers'] / seconds:.2f} |"
-        )
-    name = str(dtype).removeprefix("torch.")
+            times[name].append(time.thread_time() - begun)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    bare = median["matrix products alone"] + median["attention alone"]
+    rows = [("", "ms", "spread", "over bare", "diffusers over it")]
+    if compiled:
+        rows[0] = (*rows[0], "compiled diffusers over it")
+    for name, seconds in {"bare: both": bare, **median}.items():
+        values = sorted(times.get(name, [seconds]))
+        edge = len(values) // 5
+        spread = (values[-1 - edge] - values[edge]) / 2
+        ratios = (seconds / bare, median["diffusers"] / seconds)
+        if compiled:
+            ratios = (*ratios, median["diffusers, compiled"] / seconds)
+        rows.append((name, f"{seconds * 1e3:.0f}", f"{spread * 1e3:.0f}", *map(_two, ratios)))
+    apart = "; ".join(f"{name}: {off.abs().max():.1e}" for name, off in outputs.items())
     return (
-        f"## {name}\n\n"
-        + "\n".join(lines)
-        + f"\n\nLargest difference of the two outputs: {apart.abs().max():.1e}."
+        f"## {str(dtype).removeprefix('torch.')}\n\n{summary.table(rows)}\n\n"
+        f"Largest differences of outputs: {apart}.{notes}"
     )
+
+
+def _two(ratio: float) -> str:
+    return f"{ratio:.2f}"
 
 
 def _products(dtype: torch.dtype) -> Callable[[], object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -32,6 +33,11 @@ def head(*others: str) -> str:
         *others,
     ]
     return "\n".join(lines)
+
+
+def load(when: str = "at the start") -> str:
+    """Say how busy the machine is."""
+    return f"- load average {when}: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

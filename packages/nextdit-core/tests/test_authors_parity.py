@@ -56,10 +56,10 @@ def _text(case: dict[str, Tensor]) -> Conditioning:
 
 
 def _velocities(
-    model: NextDiT, latents: Sequence[Tensor], t: Tensor, text: Conditioning
+    model: NextDiT, latents: Sequence[Tensor], t: Tensor, text: Conditioning, **options: Any
 ) -> list[Tensor]:
     tokens = _patchify(latents)
-    out = tokens.with_values(model(tokens, t, text)).split()
+    out = tokens.with_values(model(tokens, t, text, **options)).split()
     return [_unpatchify(values, x) for values, x in zip(out, latents, strict=True)]
 
 
@@ -78,14 +78,17 @@ def _as_here(name: str, theirs: Tensor) -> Tensor:
     return theirs
 
 
-def test_packed_samples_are_the_authors_padded_list(
-    golden: Path, golden_model: Callable[[], NextDiT]
+@pytest.mark.parametrize("pad_to", [None, "longest", 300])
+def test_packed_and_padded_samples_are_the_authors_padded_list(
+    golden: Path, golden_model: Callable[[], NextDiT], pad_to: int | str | None
 ) -> None:
     case = load_file(golden / "fwd_official_list.safetensors")
     text = _text(case)
     latents = [case["x0"], case["x1"], case["x2"]]
+    longest = max(x.shape[1] * x.shape[2] // PATCH**2 for x in latents)
+    rows = longest if pad_to == "longest" else pad_to
     with torch.no_grad():
-        out = _velocities(golden_model(), latents, case["t"], text)
+        out = _velocities(golden_model(), latents, case["t"], text, pad_to=rows)
     for index, velocity in enumerate(out):
         assert (velocity - case[f"out{index}"]).abs().max() <= 1e-5
 

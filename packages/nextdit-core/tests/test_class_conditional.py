@@ -9,6 +9,7 @@ multiple_of 16, 10 classes, QK-norm, and random weights, none of them zero.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_velocity_equals_the_authors(folder: Path, recorded: dict[str, Tensor]) 
     assert (out - recorded["out"]).abs().max() <= 1e-5
 
 
-def test_it_is_kept_in_our_layout_and_in_no_other(
+def test_it_is_kept_in_our_layout_and_the_authors(
     folder: Path, recorded: dict[str, Tensor], tmp_path: Path
 ) -> None:
     model = NextDiT.from_pretrained(folder, heads=4)
@@ -68,14 +69,65 @@ def test_it_is_kept_in_our_layout_and_in_no_other(
     assert torch.equal(
         _velocity(back, recorded, recorded["y"]), _velocity(model, recorded, recorded["y"])
     )
-    for layout in ("authors", "diffusers"):
-        with pytest.raises(UserError, match="it has no text"):
-            model.save_pretrained(tmp_path / "theirs", layout=layout)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="it has no text"):
+        model.save_pretrained(tmp_path / "theirs", layout="diffusers")
+    back.save_pretrained(tmp_path / "theirs", layout="authors")
+    written = load_file(tmp_path / "theirs" / "consolidated.00-of-01.safetensors")
+    for name, tensor in written.items():
+        expected = recorded[f"weights.{name}"].float()
+        if name.startswith("final_layer.linear."):  # the half that is thrown away is zeros
+            tensor, expected = (one.unflatten(0, (4, 8))[:, :4] for one in (tensor, expected))
+        assert torch.equal(tensor, expected), name
+    assert {f"weights.{name}" for name in written} == {n for n in recorded if "weights" in n}
+
+
+def test_norms_that_theirs_lacks_go_into_the_scales(
+    folder: Path, recorded: dict[str, Tensor], tmp_path: Path, random: torch.Generator
+) -> None:
+    model = NextDiT.from_pretrained(folder, heads=4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm1" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=random) * 0.3)
+    model.save_pretrained(tmp_path / "theirs", layout="authors")
+    back = NextDiT.from_pretrained(tmp_path / "theirs", heads=4)
+    assert (back.layers[0].attention_norm1.weight == 1).all()  # type: ignore[union-attr]
+    one, other = (_velocity(each, recorded, recorded["y"]) for each in (model, back))
+    assert (one - other).abs().max() <= 1e-5
+    assert (one - recorded["out"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": None}, "it has no text"),  # what the text-to-image layout says
+        ({"text_dim": 8}, "it has text beside classes"),
+        ({"final_shift": False}, "its final layer does not shift"),
+        ({"axes": 1}, "its positions have 1 axes"),
+        ({"norm_eps": 1e-6}, "its norm_eps is 1e-06"),
+        ({"token_dim": 6}, "no 2x2 patches"),
+        ({"time_experts": 4, "experts_per_token": 1}, "pass through 1 experts, theirs through 2"),
+    ],
+)
+def test_a_backbone_that_theirs_cannot_be_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    sizes = {"token_dim": 4, "width": 32, "layers": 1, "classes": 3, "final_shift": True}
+    with pytest.raises(UserError, match=message):
+        NextDiT(NextDiTConfig(**(sizes | changes))).save_pretrained(
+            tmp_path / "out", layout="authors"
+        )
 
 
 def test_heads_that_no_tensor_tells_are_asked_for(folder: Path) -> None:
-    with pytest.raises(UserError, match="no tensor tells the number of heads, and width 32"):
+    with pytest.raises(
+        UserError,
+        match=r"no tensor tells the number of heads, and width 32 is of no release; give heads "
+        r"\(--heads on the command line\)\. Those that fit the shapes: 2, 4, 8",
+    ):
         NextDiT.from_pretrained(folder)
+    with pytest.raises(UserError, match="5 heads do not fit width 32 and 16 key channels"):
+        NextDiT.from_pretrained(folder, heads=5)
     file = folder / "consolidated.00-of-01.pth"
     weights = torch.load(file, weights_only=True)
     del weights["layers.1.ffn_norm.weight"]

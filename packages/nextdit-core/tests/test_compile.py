@@ -47,3 +47,27 @@ def test_a_block_compiles_once_over_timesteps_and_resolutions(
     # One graph for the first block, whose input is a view, and one for all others.
     assert counts[0] <= 2
     assert counts == counts[:1] * len(batches)
+
+
+@pytest.mark.parametrize("form", ["dense", "packed", "padded"])
+@pytest.mark.parametrize("experts", [0, 4])
+def test_a_whole_backbone_compiles_to_one_graph(
+    random: torch.Generator, form: str, experts: int
+) -> None:
+    torch._dynamo.reset()
+    sizes = {"token_dim": 4, "width": 32, "heads": 4, "kv_heads": 2, "layers": 2, "text_dim": 8}
+    config = NextDiTConfig(**sizes, time_experts=experts, space_experts=experts)
+    model = NextDiT(config).eval()
+    text = Conditioning(torch.randn(2, 5, 8, generator=random), torch.tensor([5, 3]))
+    tokens = _tokens(random, (3, 4), (3, 4) if form == "dense" else (2, 5))
+    pad_to = 16 if form == "padded" else None
+    t = torch.tensor([0.2, 0.7])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=random) * 0.2)
+        expected = model(tokens, t, text, pad_to=pad_to)
+        prepared = model.prepare(text)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        for condition in (text, prepared):
+            found = compiled(tokens, t, condition, pad_to=pad_to)
+            assert (found - expected).abs().max() <= 1e-5

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nextdit_core import NextDiT, Pipeline, Recipe, UserError, train
+from nextdit_core import NextDiT, NextDiTConfig, Pipeline, Recipe, UserError, train
 from nextdit_core.commands.convert import convert
 from nextdit_core.commands.info import info
 
@@ -45,6 +48,92 @@ def test_a_backbone_goes_through_all_layouts_unharmed(
     case = load_file(golden / f"{CASE}.safetensors")
     out = on_latents(NextDiT.from_pretrained(place), case)
     assert (out - case["out_official"]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("patch", [2, 4])
+def test_what_diffusers_knows_beyond_sizes_survives_our_layout(
+    lumina: Callable[..., Any], run: Callable[..., Result], tmp_path: Path, patch: int
+) -> None:
+    """From diffusers to ours and back: every weight, sample_size and patch_size, on both ways."""
+    from diffusers import LuminaNextDiT2DModel
+
+    theirs = lumina(sample_size=40, patch_size=patch, in_channels=3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    run(convert, tmp_path / "theirs", tmp_path / "ours", "--to", "nextdit")
+    assert "sample_size=40" in run(info, tmp_path / "ours").output
+    ours = NextDiT.from_pretrained(tmp_path / "ours")
+    assert (ours.config.patch_size, ours.config.sample_size) == (patch, 40)
+    run(convert, tmp_path / "ours", tmp_path / "command", "--to", "diffusers")
+    ours.save_pretrained(tmp_path / "call", layout="diffusers")
+    for place in ("command", "call"):
+        back = LuminaNextDiT2DModel.from_pretrained(tmp_path / place)
+        assert (back.config.sample_size, back.config.patch_size) == (40, patch)
+        mine, yours = theirs.state_dict(), back.state_dict()
+        assert mine.keys() == yours.keys()
+        for name, tensor in mine.items():
+            if not name.startswith(("pad_token", "norm_out.linear_2")):
+                assert torch.equal(yours[name], tensor), name
+        again = NextDiT.from_pretrained(tmp_path / place)
+        assert again.config == ours.config
+    with pytest.raises(UserError, match=rf"patch_size is 1, and .*ours says {patch}; leave out"):
+        run(convert, tmp_path / "ours", tmp_path / "x", "--to", "diffusers", "--patch-size", 1)
+
+
+def test_sizes_that_nothing_tells_are_said(
+    golden: Path, run: Callable[..., Result], tmp_path: Path
+) -> None:
+    source = golden / "tiny_official.safetensors"
+    run(convert, source, tmp_path / "ours", "--to", "nextdit", "--sample-size", 64)
+    assert NextDiT.from_pretrained(tmp_path / "ours").config.sample_size == 64
+    args = argparse.Namespace(model="NextDiT_2B_GQA_patch2", image_size=512)
+    (tmp_path / "theirs").mkdir()
+    torch.save(args, tmp_path / "theirs" / "model_args.pth")
+    shutil.copy(source, tmp_path / "theirs" / "consolidated.00-of-01.safetensors")
+    assert NextDiT.from_pretrained(tmp_path / "theirs").config.sample_size == 64
+    plain = NextDiT.from_pretrained(source)
+    assert plain.config.sample_size is None
+    plain.save_pretrained(tmp_path / "diffusers", layout="diffusers")
+    assert json.loads((tmp_path / "diffusers" / "config.json").read_text())["sample_size"] == 128
+
+
+def test_convert_and_info_are_told_what_no_tensor_tells(
+    run: Callable[..., Result], tmp_path: Path
+) -> None:
+    """A class-conditional mixture of experts, in both directions."""
+    sizes = {"token_dim": 16, "width": 32, "layers": 1, "heads": 4, "multiple_of": 16}
+    model = NextDiT(
+        NextDiTConfig(**sizes, classes=5, final_shift=True, space_experts=4)  # type: ignore[arg-type]
+    )
+    model.save_pretrained(tmp_path / "theirs", layout="authors")
+    with pytest.raises(UserError, match=r"give heads \(--heads on the command line\)"):
+        run(info, tmp_path / "theirs")
+    with pytest.raises(UserError, match="--experts-by on the command line"):
+        run(convert, tmp_path / "theirs", tmp_path / "x", "--to", "nextdit", "--heads", 4)
+    with pytest.raises(UserError, match="3 heads do not fit width 32"):
+        run(info, tmp_path / "theirs", "--heads", 3)
+    told = ("--heads", 4, "--experts-by", "space")
+    said = run(info, tmp_path / "theirs", *told).output
+    assert "the class-conditional mixture of experts of Next-DiT-MoE" in said
+    assert "space_experts=4" in said
+    said = run(convert, tmp_path / "theirs", tmp_path / "ours", "--to", "nextdit", *told).output
+    assert "the class-conditional mixture of experts of Next-DiT-MoE" in said
+    said = run(convert, tmp_path / "ours", tmp_path / "again", "--to", "authors").output
+    assert "zeros    the second half of the output" in said
+    one, two = (
+        load_file(tmp_path / name / "consolidated.00-of-01.safetensors")
+        for name in ("theirs", "again")
+    )
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    with pytest.raises(UserError, match=r"heads is 8, and .*ours says 4; leave out heads"):
+        run(convert, tmp_path / "ours", tmp_path / "x", "--to", "authors", "--heads", 8)
+    with pytest.raises(UserError, match="feed-forward layers are experts"):
+        run(convert, tmp_path / "ours", tmp_path / "x", "--to", "diffusers")
+
+
+def test_heads_that_contradict_a_gate_are_refused(golden: Path) -> None:
+    with pytest.raises(UserError, match="heads is 2, and the gate of the text attention has"):
+        NextDiT.from_pretrained(golden / "tiny_official.safetensors", heads=2)
 
 
 def test_a_converted_transformer_serves_the_pipeline_of_diffusers(

@@ -6,6 +6,7 @@ NEXTDIT_FUZZ gives another number of damaged files per layout, NEXTDIT_FUZZ_SEED
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import os
@@ -27,7 +28,7 @@ from nextdit_core.checkpoints.model_args import read_model_args
 
 COUNT = int(os.environ.get("NEXTDIT_FUZZ", "120"))
 SEED = int(os.environ.get("NEXTDIT_FUZZ_SEED", "0"))
-LAYOUTS = ("nextdit", "sharded", "diffusers", "authors", "pth", "old pth")
+LAYOUTS = ("nextdit", "sharded", "experts", "diffusers", "authors", "pth", "old pth")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     model = NextDiT(config)
     model.save_pretrained(folder / "nextdit")
     model.save_pretrained(folder / "sharded", max_shard_size="8KB")
+    mixture = dataclasses.replace(config, time_experts=2, space_experts=3)
+    NextDiT(mixture).save_pretrained(folder / "experts")
     model.save_pretrained(folder / "diffusers", layout="diffusers")
     model.save_pretrained(folder / "authors", layout="authors")
     weights = load_file(folder / "authors" / "consolidated.00-of-01.safetensors")

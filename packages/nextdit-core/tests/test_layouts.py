@@ -358,11 +358,6 @@ FOREIGN = {
         "layers.0.attn_norm1.weight": (48,),
         "layers.0.adaLN_modulation.1.weight": (192, 48),
     },
-    Layout.MIXTURE: {
-        "x_embedder.weight": (48, 16),
-        "layers.0.attention.wq.weight": (48, 48),
-        "layers.0.feed_forward.experts.0.w1.weight": (128, 48),
-    },
     Layout.FLAG_DIT: {
         "x_embedder.weight": (48, 16),
         "y_embedder.embedding_table.weight": (1001, 48),

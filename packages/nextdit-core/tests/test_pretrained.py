@@ -84,12 +84,23 @@ def test_a_newer_format_is_refused_by_name(backbone: NextDiT, tmp_path: Path) ->
     (tmp_path / "out" / "complete.json").unlink()
     file = tmp_path / "out" / "config.json"
     values = json.loads(file.read_text())
-    assert values.pop("format_version") == 1
-    file.write_text(json.dumps(values))
-    assert _same(NextDiT.from_pretrained(tmp_path / "out"), backbone)  # as written before
-    file.write_text(json.dumps(values | {"format_version": 2}))
-    with pytest.raises(UserError, match=r"format version 2; nextdit-core .* reads version 1"):
-        NextDiT.from_pretrained(tmp_path / "out")
+    assert values.pop("format_version") == 2
+    for name in (
+        *("time_experts", "space_experts", "experts_per_token"),
+        *("patch_size", "sample_size"),
+    ):
+        del values[name]
+    for older in ({}, {"format_version": 1}):
+        file.write_text(json.dumps(values | older))
+        back = NextDiT.from_pretrained(tmp_path / "out")
+        assert _same(back, backbone)
+        assert back.config == backbone.config
+    for other in (3, "2", 0):
+        file.write_text(json.dumps(values | {"format_version": other}))
+        with pytest.raises(
+            UserError, match=rf"format version {other!r}; nextdit-core .* reads versions 1 to 2"
+        ):
+            NextDiT.from_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from nextdit_core.recipe import SizesRecipe
 
 #: Fields that no recipe sets: they follow from the modality, the text encoder and the weights.
 BY_MODALITY = {"token_dim", "axes", "text_dim", "classes", "final_shift"}
+BY_MODALITY |= {"patch_size", "sample_size"}
 TOKEN = 16  # 2 x 2 patches of 4 channels
 
 

@@ -7,16 +7,19 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nextdit_core.backbone import FinalLayer, NextDiT, PreparedConditioning
+    from nextdit_core.backbone import NextDiT
     from nextdit_core.conditioning import Conditioning
     from nextdit_core.config import NextDiTConfig
     from nextdit_core.context_drop import ContextDrop, Pooling
     from nextdit_core.dataset import Dataset, Example
     from nextdit_core.errors import UserError
+    from nextdit_core.experts import Routing, watch_routing
     from nextdit_core.extrapolation import Extrapolation
+    from nextdit_core.final_layer import FinalLayer
     from nextdit_core.guidance import Guidance
     from nextdit_core.modality import Modality, Size
     from nextdit_core.pipeline import Pipeline
+    from nextdit_core.prepared_conditioning import PreparedConditioning
     from nextdit_core.recipe import Recipe
     from nextdit_core.text_encoders import FrozenTextEncoder, TextEncoder
     from nextdit_core.tokens import Tokens
@@ -26,9 +29,7 @@ if TYPE_CHECKING:
 __version__ = version("nextdit-core")
 
 _HOMES = {
-    "FinalLayer": "backbone",
     "NextDiT": "backbone",
-    "PreparedConditioning": "backbone",
     "Conditioning": "conditioning",
     "NextDiTConfig": "config",
     "ContextDrop": "context_drop",
@@ -36,11 +37,15 @@ _HOMES = {
     "Dataset": "dataset",
     "Example": "dataset",
     "UserError": "errors",
+    "Routing": "experts",
+    "watch_routing": "experts",
     "Extrapolation": "extrapolation",
+    "FinalLayer": "final_layer",
     "Guidance": "guidance",
     "Modality": "modality",
     "Size": "modality",
     "Pipeline": "pipeline",
+    "PreparedConditioning": "prepared_conditioning",
     "Recipe": "recipe",
     "FrozenTextEncoder": "text_encoders",
     "TextEncoder": "text_encoders",
@@ -67,6 +72,7 @@ __all__ = [
     "Pooling",
     "PreparedConditioning",
     "Recipe",
+    "Routing",
     "Runtime",
     "Size",
     "TextEncoder",
@@ -74,6 +80,7 @@ __all__ = [
     "UserError",
     "__version__",
     "train",
+    "watch_routing",
 ]
 
 

@@ -9,50 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 import rope3d
-from nextdit_core.block_operations import gate_residual, norm_modulate, norm_rotate, swiglu
+from nextdit_core.arrangement import arrange
+from nextdit_core.attention import AttentionChoice, Scale
+from nextdit_core.block import Block
 from nextdit_core.checkpoints.pretrained import Pretrained
 from nextdit_core.conditioning import Conditioning
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.context_drop import Pooling
+from nextdit_core.experts import Experts
+from nextdit_core.final_layer import FinalLayer
+from nextdit_core.prepared_conditioning import PreparedConditioning
 from nextdit_core.tokens import Tokens
 
-#: Softmax scale of the self attention: a number, by token count, or 1/sqrt(head_dim).
-Scale = float | Literal["proportional"] | None
-
-__all__ = ["FinalLayer", "NextDiT", "PreparedConditioning", "backbone_rope"]
-
-
-@dataclass(frozen=True)
-class PreparedConditioning:
-    """Everything of a request that depends neither on t nor on x, computed once.
-
-    Args:
-        vector: `[batch, modulation_dim]` added to the timestep embedding, or None.
-        text_keys: Per layer `[batch, text_tokens, kv_heads, head_dim]`, normed.
-        text_values: Per layer, same shape.
-        mask: `[batch, text_tokens]` bool, or None without text.
-    """
-
-    vector: Tensor | None
-    text_keys: tuple[Tensor, ...] = ()
-    text_values: tuple[Tensor, ...] = ()
-    mask: Tensor | None = None
-
-    def first(self, count: int) -> PreparedConditioning:
-        """Take the first samples of a batch."""
-        return PreparedConditioning(
-            None if self.vector is None else self.vector[:count],
-            tuple(keys[:count] for keys in self.text_keys),
-            tuple(values[:count] for values in self.text_values),
-            None if self.mask is None else self.mask[:count],
-        )
+__all__ = ["NextDiT", "backbone_rope"]
 
 
 def backbone_rope(config: NextDiTConfig) -> rope3d.Rope:
@@ -95,161 +70,6 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(features.to(_linear(self.mlp, 0).weight.dtype))
 
 
-class Attention(nn.Module):
-    """Self attention with rotary q and k, plus gated attention to text keys.
-
-    out = wo( self + tanh(gate) · cross ), the gate per head and zero at the start; the text
-    keys are not rotated and are attended by the same rotated queries.
-    """
-
-    def __init__(self, config: NextDiTConfig) -> None:
-        super().__init__()
-        self.heads, self.kv_heads = config.heads, config.keys_heads
-        self.head_dim = config.head_dim
-        width, kv_width = config.width, self.kv_heads * config.head_dim
-
-        def norm(size: int) -> nn.Module:
-            return nn.LayerNorm(size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-
-        self.wq = nn.Linear(width, width, bias=False)
-        self.wk = nn.Linear(width, kv_width, bias=False)
-        self.wv = nn.Linear(width, kv_width, bias=False)
-        self.wo = nn.Linear(width, width, bias=False)
-        self.q_norm, self.k_norm = norm(width), norm(kv_width)
-        if config.text_dim is not None:
-            self.wk_y = nn.Linear(config.text_dim, kv_width, bias=False)
-            self.wv_y = nn.Linear(config.text_dim, kv_width, bias=False)
-            self.ky_norm = norm(kv_width)
-            self.gate = nn.Parameter(torch.zeros(self.heads))
-
-    def text_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Project `[batch, text_tokens, text_dim]` to keys and values of this layer."""
-        shape = (*text.shape[:2], self.kv_heads, self.head_dim)
-        keys = self.ky_norm(self.wk_y(text)).view(shape)
-        return keys, self.wv_y(text).view(shape)
-
-    def forward(
-        self,
-        x: Tensor,
-        rotation: rope3d.Rotation,
-        lengths: tuple[int, ...] | None,
-        scale: Scale,
-        trained_tokens: int | None,
-        text: tuple[Tensor, Tensor, Tensor] | None,
-        pooling: Pooling | None,
-    ) -> Tensor:
-        """Attend within each sample; see `NextDiT.forward` for the two layouts of `x`."""
-        batch, tokens, _ = x.shape
-        q = self.wq(x).view(batch, tokens, self.heads, self.head_dim)
-        k = self.wk(x).view(batch, tokens, self.kv_heads, self.head_dim)
-        v = self.wv(x).view(batch, tokens, self.kv_heads, self.head_dim)
-        q, k = self._norm_rotate(q, k, rotation)
-        second = None
-        if text is not None:
-            keys, values, mask = text
-            second = rope3d.GatedText(keys, values, self.gate, mask=mask)
-        key_lengths = None
-        if pooling is not None:
-            q, k, v = q.flatten(0, 1), pooling(k.flatten(0, 1)), pooling(v.flatten(0, 1))
-            lengths = lengths or (tokens,) * batch
-            key_lengths = pooling.lengths
-            if len(set(lengths)) == len(set(key_lengths)) == 1:  # dense attention is quicker
-                q, k, v = (part.unflatten(0, (len(lengths), -1)) for part in (q, k, v))
-                lengths = key_lengths = None
-        elif lengths is not None:
-            q, k, v = q[0], k[0], v[0]
-        out = rope3d.attention(
-            q,
-            k,
-            v,
-            lengths=lengths,
-            key_lengths=key_lengths,
-            scale=scale,
-            trained_tokens=trained_tokens,
-            text=second,
-        )
-        return self.wo(out.reshape(batch, tokens, -1))
-
-    def _norm_rotate(
-        self, q: Tensor, k: Tensor, rotation: rope3d.Rotation
-    ) -> tuple[Tensor, Tensor]:
-        """Normalise over all heads of a token where the configuration says so, and rotate."""
-        q_norm, k_norm = self.q_norm, self.k_norm
-        if not (isinstance(q_norm, nn.LayerNorm) and isinstance(k_norm, nn.LayerNorm)):
-            return rope3d.rotate(q, k, rotation)
-        norms = (q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias)
-        return norm_rotate(q, k, rotation, *norms, eps=q_norm.eps)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: w2( silu(w1 x) · w3 x ), without biases."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.w1 = nn.Linear(width, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, width, bias=False)
-        self.w3 = nn.Linear(width, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., width]` to the same shape."""
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
-
-
-class Block(nn.Module):
-    """One sandwich-normed block.
-
-    x ← x + tanh(gate_a) · RMS2( Attn( RMS1(x) · (1 + scale_a) ) )
-    x ← x + tanh(gate_f) · RMS2( FFN( RMS1(x) · (1 + scale_f) ) )
-
-    Scales and gates come from the modulation vector through a zero-initialised linear layer,
-    so that a new block is the identity.
-    """
-
-    def __init__(self, config: NextDiTConfig) -> None:
-        super().__init__()
-        width, self.eps = config.width, config.norm_eps
-
-        def norm(size: int) -> nn.RMSNorm:
-            return nn.RMSNorm(size, eps=config.norm_eps)
-
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(width, config.ffn_width)
-        self.attention_norm1, self.attention_norm2 = norm(width), norm(width)
-        self.ffn_norm1, self.ffn_norm2 = norm(width), norm(width)
-        if config.text_dim is not None:
-            self.attention_y_norm = norm(config.text_dim)
-        self.adaLN_modulation = nn.Sequential(
-            nn.SiLU(), nn.Linear(config.modulation_dim, 4 * width)
-        )
-
-    def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        rotation: rope3d.Rotation,
-        lengths: tuple[int, ...] | None,
-        scale: Scale,
-        trained_tokens: int | None,
-        text: tuple[Tensor, Tensor, Tensor] | None,
-        pooling: Pooling | None,
-    ) -> Tensor:
-        """Apply the block; `modulation` is `[batch, modulation_dim]`."""
-        parts = _per_token(self.adaLN_modulation(modulation), lengths).chunk(4, dim=-1)
-        scale_a, gate_a, scale_f, gate_f = parts
-        attended = self.attention(
-            norm_modulate(x, self.attention_norm1.weight, scale_a, eps=self.eps),
-            rotation,
-            lengths,
-            scale,
-            trained_tokens,
-            text,
-            pooling,
-        )
-        x = gate_residual(x, attended, self.attention_norm2.weight, gate_a, eps=self.eps)
-        hidden = self.feed_forward(norm_modulate(x, self.ffn_norm1.weight, scale_f, eps=self.eps))
-        return gate_residual(x, hidden, self.ffn_norm2.weight, gate_f, eps=self.eps)
-
-
 class ClassEmbedder(nn.Module):
     """One vector per class, and one for no class."""
 
@@ -260,52 +80,6 @@ class ClassEmbedder(nn.Module):
     def forward(self, labels: Tensor) -> Tensor:
         """Look up `[batch]` labels as `[batch, width]`."""
         return self.embedding_table(labels)
-
-
-class FinalLayer(nn.Module):
-    """Norm, scale (and shift) by the modulation vector, and project to one token's velocity.
-
-    Args:
-        config: Of the trunk.
-        token_dim: Numbers in one token, where they are not `config.token_dim`.
-    """
-
-    def __init__(self, config: NextDiTConfig, token_dim: int | None = None) -> None:
-        super().__init__()
-        self.linear = nn.Linear(config.width, config.token_dim if token_dim is None else token_dim)
-        self.shift = config.final_shift
-        self.adaLN_modulation = nn.Sequential(
-            nn.SiLU(), nn.Linear(config.modulation_dim, (1 + self.shift) * config.width)
-        )
-
-    def forward(self, hidden: Tensor, modulation: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """Give the velocity of tokens.
-
-        Args:
-            hidden: `[total_tokens, width]`, as `NextDiT.trunk` gives it.
-            modulation: `[batch, modulation_dim]`.
-            lengths: Tokens of each sample.
-
-        Returns:
-            `[total_tokens, token_dim]`.
-        """
-        equal = len(set(lengths)) == 1
-        x = hidden.view(len(lengths), lengths[0], -1) if equal else hidden[None]
-        scale = _per_token(self.adaLN_modulation(modulation), None if equal else lengths)
-        if self.shift:
-            shift, scale = scale.chunk(2, dim=-1)
-            x = norm_modulate(x, None, scale, eps=1e-6, centred=True) + shift
-        else:
-            x = norm_modulate(x, None, scale, eps=1e-6, centred=True)
-        return self.linear(x).flatten(0, 1)
-
-
-def _per_token(vector: Tensor, lengths: tuple[int, ...] | None) -> Tensor:
-    """Spread one vector per sample over the sample's tokens."""
-    if lengths is None:
-        return vector[:, None]
-    repeats = torch.tensor(lengths, device=vector.device)
-    return vector.repeat_interleave(repeats, dim=0, output_size=sum(lengths))[None]
 
 
 class NextDiT(Pretrained, nn.Module):
@@ -348,8 +122,8 @@ class NextDiT(Pretrained, nn.Module):
         """Draw the initial weights.
 
         Attention, feed-forward and patch weights are Xavier-uniform; the timestep MLP is
-        N(0, 0.02), as the class table is; modulation, caption projection, gates and the output
-        start at zero.
+        N(0, 0.02), as the class table is; the routers of experts are uniform within
+        1/sqrt(inputs); modulation, caption projection, gates and the output start at zero.
 
         Args:
             generator: Where the randomness comes from; the global one when None.
@@ -359,6 +133,10 @@ class NextDiT(Pretrained, nn.Module):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, Experts):
+                edge = module.gate.in_features**-0.5
+                nn.init.uniform_(module.gate.weight, -edge, edge, generator=generator)
         for index in (0, 2):
             weight = _linear(self.t_embedder.mlp, index).weight
             nn.init.normal_(weight, std=0.02, generator=generator)
@@ -418,7 +196,10 @@ class NextDiT(Pretrained, nn.Module):
             block.attention.text_keys_values(block.attention_y_norm(text)) for block in self.blocks
         ]
         keys, values = zip(*pairs, strict=True)
-        return PreparedConditioning(vector, keys, values, condition.mask)
+        known = condition.host_lengths
+        full = known is not None and min(known) == text.shape[1]
+        mask = None if full else condition.mask
+        return PreparedConditioning(vector, keys, values, mask, known)
 
     def prepare_classes(self, labels: Tensor) -> PreparedConditioning:
         """Compute once what the classes of a batch contribute.
@@ -449,10 +230,11 @@ class NextDiT(Pretrained, nn.Module):
         t: Tensor,
         condition: Conditioning | PreparedConditioning | None = None,
         *,
-        rope: rope3d.Rope | rope3d.TimedRope | None = None,
+        rope: rope3d.Rope | rope3d.TimedRope | rope3d.Rotation | None = None,
         scale: Scale = None,
         trained_tokens: int | None = None,
         pooling: Pooling | None = None,
+        pad_to: int | None = None,
     ) -> Tensor:
         """Predict the velocity of every token.
 
@@ -464,17 +246,22 @@ class NextDiT(Pretrained, nn.Module):
             t: `[batch]` in [0, 1], 0 = noise.
             condition: As given, or as returned by `prepare`.
             rope: Another rotary layout for this call, over three position columns, such as
-                `model.rope.extrapolate("time-aware", scale=(1, 2, 2))`; it may follow t.
+                `model.rope.extrapolate("time-aware", scale=(1, 2, 2))`; it may follow t. Or the
+                rotation itself, of the samples as they lie in rows (`nextdit_core.arrangement`).
             scale: Softmax scale of the self attention; "proportional" needs
                 `trained_tokens`; None is 1/sqrt(head_dim).
             trained_tokens: Tokens per sample at training, for "proportional".
             pooling: Average keys and values of the self attention, as `ContextDrop` finds it.
+            pad_to: Compute samples of any lengths as `[batch, pad_to, width]` with masked padding,
+                as the authors do with a list. The result is that of packed samples and takes
+                longer; batches of all sizes then have one shape.
 
         Returns:
             `[total_tokens, token_dim]`, the velocity.
 
         Raises:
-            ValueError: `t` or `condition` does not fit the batch.
+            ValueError: `t` or `condition` does not fit the batch, or a sample has more than
+                `pad_to` tokens.
         """
         values = self.x_embedder(tokens.values.to(self.x_embedder.weight.dtype))
         hidden, modulation = self.trunk(
@@ -485,6 +272,7 @@ class NextDiT(Pretrained, nn.Module):
             scale=scale,
             trained_tokens=trained_tokens,
             pooling=pooling,
+            pad_to=pad_to,
         )
         return self.final_layer(hidden, modulation, tokens.lengths)
 
@@ -494,10 +282,11 @@ class NextDiT(Pretrained, nn.Module):
         t: Tensor,
         condition: Conditioning | PreparedConditioning | None = None,
         *,
-        rope: rope3d.Rope | rope3d.TimedRope | None = None,
+        rope: rope3d.Rope | rope3d.TimedRope | rope3d.Rotation | None = None,
         scale: Scale = None,
         trained_tokens: int | None = None,
         pooling: Pooling | None = None,
+        pad_to: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the blocks alone, on tokens that are embedded already.
 
@@ -512,38 +301,40 @@ class NextDiT(Pretrained, nn.Module):
             scale: Of the self attention.
             trained_tokens: Tokens per sample at training.
             pooling: Of keys and values.
+            pad_to: Tokens of a row with padding.
 
         Returns:
             Hidden states `[total_tokens, width]`, and the modulation vector of each sample,
             `[batch, modulation_dim]`, which a `FinalLayer` takes both.
 
         Raises:
-            ValueError: `t` or `condition` does not fit the batch.
+            ValueError: `t` or `condition` does not fit the batch, or a sample has more than
+                `pad_to` tokens.
         """
         if t.shape != (tokens.batch,):
             raise ValueError(f"t has shape {tuple(t.shape)}; expected [{tokens.batch}]")
         if not isinstance(condition, PreparedConditioning):
             condition = self.prepare(condition)
-        if condition.mask is not None and condition.mask.shape[0] != tokens.batch:
-            raise ValueError(
-                f"condition holds {condition.mask.shape[0]} samples and tokens {tokens.batch}"
-            )
-        modulation = self.t_embedder(t)
-        if condition.vector is not None:
-            modulation = modulation + condition.vector
-        length = tokens.equal_length
-        shape = (1, len(tokens.values)) if length is None else (tokens.batch, length)
-        lengths = tokens.lengths if length is None else None
-        x = tokens.values.view(*shape, -1)
-        positions = tokens.positions.view(*shape, 3)
-        times = t if lengths is None else _per_token(t[:, None], lengths)[..., 0]
-        rotation = (rope or self.rope).rotation(positions, times)
+        if condition.batch not in (None, tokens.batch):
+            raise ValueError(f"condition holds {condition.batch} samples and tokens {tokens.batch}")
+        if pad_to is not None and pooling is not None:
+            raise ValueError("pooling has no padded form; leave out pad_to or pooling")
+        arrangement = arrange(tokens, pack=condition.packed, pad_to=pad_to)
+        if arrangement.lengths is not None:
+            condition = condition.in_one_row
+        elif condition.packed:
+            raise ValueError("padded rows need their text in rows too, as `prepare` gives it")
+        time = self.t_embedder(t)
+        modulation = time if condition.vector is None else time + condition.vector
+        rotation = rope
+        if not isinstance(rotation, rope3d.Rotation):
+            times = t if arrangement.lengths is None else arrangement.spread(t[:, None])[..., 0]
+            rotation = (rotation or self.rope).rotation(arrangement.place(tokens.positions), times)
+        choice = AttentionChoice(rotation, scale, trained_tokens, pooling)
+        x = arrangement.place(tokens.values)
         for index, block in enumerate(self.blocks):
-            text = None
-            if condition.mask is not None:
-                text = (condition.text_keys[index], condition.text_values[index], condition.mask)
-            x = block(x, modulation, rotation, lengths, scale, trained_tokens, text, pooling)
-        return x.flatten(0, 1), modulation
+            x = block(x, modulation, time, arrangement, choice, condition.layer(index))
+        return arrangement.take(x), modulation
 
     def extra_repr(self) -> str:
         """Name the sizes in `print(model)`."""

@@ -17,6 +17,13 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "tiny": {"width": 96, "layers": 3, "heads": 4, "kv_heads": 2, "multiple_of": 32},
     "86m": {"width": 768, "layers": 12, "heads": 12},  # ViT-B's, for recognition
     "600m": {"width": 1536, "layers": 16, "heads": 32},
+    # Next-DiT-MoE, each named by the dense model whose attention it has.
+    "600m-moe-time": {"width": 1536, "layers": 16, "heads": 32, "time_experts": 8},
+    "600m-moe-space": {"width": 1536, "layers": 16, "heads": 32, "space_experts": 8},
+    "600m-moe-both": {
+        **{"width": 1536, "layers": 16, "heads": 32},
+        **{"time_experts": 4, "space_experts": 4},
+    },
     "2b": {"width": 2304, "layers": 24, "heads": 32},
     "2b-gqa": {"width": 2304, "layers": 24, "heads": 32, "kv_heads": 8},  # Lumina-Next-T2I, -SFT
     "3b": {"width": 3072, "layers": 32, "heads": 32},
@@ -46,6 +53,14 @@ class NextDiTConfig:
         classes: Number of classes of a class-conditional backbone, or None; one label more
             stands for no class.
         final_shift: The final layer shifts, besides scaling (Next-DiT-ImageNet).
+        time_experts: Feed-forward layers of which the timestep chooses some; 0 for none.
+        space_experts: Feed-forward layers of which each token chooses some; 0 for none. With both
+            kinds a block has a feed-forward layer of each, first time, then space.
+        experts_per_token: How many experts of a kind a token passes through.
+        patch_size: Side of the patch that a token is, which decides the order of its numbers in the
+            layouts of others; None where it is not known. Nothing here computes with it.
+        sample_size: Side of the latents that it was trained on, from which diffusers' pipeline
+            extrapolates; None where it is not known. Nothing here computes with it.
 
     Raises:
         UserError: A size does not fit the others.
@@ -70,14 +85,21 @@ class NextDiTConfig:
     rope_base: float = 10000.0
     classes: int | None = None
     final_shift: bool = False
+    time_experts: int = 0
+    space_experts: int = 0
+    experts_per_token: int = 2
+    patch_size: int | None = None
+    sample_size: int | None = None
 
     def __post_init__(self) -> None:
         """Check the sizes against one another."""
         sizes = ("token_dim", "width", "layers", "heads", "multiple_of")
-        for name in (*sizes, "kv_heads", "text_dim", "classes"):
+        optional = ("kv_heads", "text_dim", "classes", "patch_size", "sample_size")
+        for name in (*sizes, *optional):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"model.{name} is {value}; expected at least 1")
+        self._check_experts()
         if self.width % self.heads:
             raise UserError(
                 f"model.width {self.width} is not a multiple of model.heads {self.heads}; "
@@ -97,6 +119,16 @@ class NextDiTConfig:
                 f"{per_axis}, which rotary embedding over {self.axes} axes needs"
             )
 
+    def _check_experts(self) -> None:
+        chosen = self.experts_per_token
+        for name in ("time_experts", "space_experts"):
+            count = getattr(self, name)
+            if count < 0 or (count and not 1 <= chosen <= count):
+                raise UserError(
+                    f"model.{name} is {count} and model.experts_per_token {chosen}; expected 0, or "
+                    f"at least as many experts as a token passes through, of which there is one"
+                )
+
     @classmethod
     def named(
         cls,
@@ -111,7 +143,8 @@ class NextDiTConfig:
 
         Args:
             size: "tiny" (for tests), "86m", "600m", "2b", "2b-gqa" (the released text-to-image
-                model), "3b", "5b" or "7b".
+                model), "3b", "5b" or "7b"; or with experts "600m-moe-time", "600m-moe-space" or
+                "600m-moe-both".
             token_dim: Numbers in one token, on input and output.
             text_dim: Width of the text features; None for a backbone without text.
             axes: Position axes that the modality uses.
@@ -127,8 +160,8 @@ class NextDiTConfig:
             7.0 thousand million in the class-conditional form, and "5b" is "3b" with the text of
             a larger language model.
 
-        Source: Alpha-VLLM/Lumina-T2X, the constructors of Next-DiT-ImageNet, lumina_next_t2i and
-            lumina_t2i; "86m": arXiv 2406.18583, image recognition.
+        Source: Alpha-VLLM/Lumina-T2X, the constructors of Next-DiT-ImageNet, Next-DiT-MoE,
+            lumina_next_t2i and lumina_t2i; "86m": arXiv 2406.18583, image recognition.
 
         >>> NextDiTConfig.named("2b-gqa", token_dim=16, text_dim=2048).head_dim
         72
@@ -142,6 +175,11 @@ class NextDiTConfig:
     def head_dim(self) -> int:
         """Channels of one head."""
         return self.width // self.heads
+
+    @property
+    def both_experts(self) -> bool:
+        """Whether a block has two feed-forward layers, of time and of space."""
+        return bool(self.time_experts and self.space_experts)
 
     @property
     def keys_heads(self) -> int:

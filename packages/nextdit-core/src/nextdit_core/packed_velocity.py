@@ -8,8 +8,11 @@ from typing import Any
 from torch import Tensor
 
 import flowsolvers
-from nextdit_core.backbone import NextDiT, PreparedConditioning
+import rope3d
+from nextdit_core.arrangement import arrange
+from nextdit_core.backbone import NextDiT
 from nextdit_core.context_drop import ContextDrop
+from nextdit_core.prepared_conditioning import PreparedConditioning
 from nextdit_core.tokens import Tokens
 
 __all__ = ["PackedVelocity"]
@@ -38,8 +41,17 @@ class PackedVelocity:
         drop: ContextDrop,
         options: Mapping[str, Any],
     ) -> None:
-        self.backbone, self.prepared, self.layout = backbone, prepared, layout
-        self.drop, self.options = drop, options
+        self.backbone, self.layout = backbone, layout
+        # Samples of different lengths are packed, and then their text is too, once.
+        packs = layout.equal_length is None and options.get("pad_to") is None
+        self.prepared = prepared.in_one_row if packs else prepared
+        self.drop = drop
+        # Angles that do not follow the time are the same in every step.
+        rope = options.get("rope") or backbone.rope
+        if isinstance(rope, rope3d.Rope):
+            rows = arrange(layout, pack=self.prepared.packed, pad_to=options.get("pad_to"))
+            rope = rope.rotation(rows.place(layout.positions))
+        self.options = {**options, "rope": rope}
         self.poolings = drop.poolings(layout, backbone.config.axes)
 
     @property

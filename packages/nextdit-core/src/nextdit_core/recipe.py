@@ -38,9 +38,27 @@ class SizesRecipe(_Section):
         norm_eps: Epsilon of the norms.
         qk_norm: Norm of queries and keys.
         rope_base: Base of the rotary frequencies.
+        time_experts: Feed-forward layers of which the timestep chooses some; 0 for none.
+        space_experts: Feed-forward layers of which each token chooses some; 0 for none.
+        experts_per_token: How many experts of a kind a token passes through.
     """
 
-    size: Literal["tiny", "86m", "600m", "2b", "2b-gqa", "3b", "5b", "7b"] | None = None
+    size: (
+        Literal[
+            "tiny",
+            "86m",
+            "600m",
+            "600m-moe-time",
+            "600m-moe-space",
+            "600m-moe-both",
+            "2b",
+            "2b-gqa",
+            "3b",
+            "5b",
+            "7b",
+        ]
+        | None
+    ) = None
     width: Count = 96
     layers: Count = 3
     heads: Count = 4
@@ -50,6 +68,9 @@ class SizesRecipe(_Section):
     norm_eps: Positive = 1e-5
     qk_norm: bool = True
     rope_base: Positive = 10000.0
+    time_experts: Annotated[int, Field(ge=0)] = 0
+    space_experts: Annotated[int, Field(ge=0)] = 0
+    experts_per_token: Count = 2
 
     @model_validator(mode="before")
     @classmethod

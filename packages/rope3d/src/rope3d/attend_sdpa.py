@@ -77,7 +77,7 @@ def _runs(case: AttentionCase) -> Tensor:
         q, common = case.scaled_queries()
     else:
         q, common = case.q, case.scale
-    parts = [q.new_zeros(0, q.shape[1], case.v.shape[-1])]
+    parts: list[Tensor] = []
     first, first_key = 0, 0
     for begin, end in case.runs:
         samples, tokens = end - begin, case.lengths[begin]
@@ -95,7 +95,7 @@ def _runs(case: AttentionCase) -> Tensor:
         queries = q[first:last].unflatten(0, (samples, tokens))
         parts.append(_dense(queries, k, v, mask, scale).flatten(0, 1))
         first = last
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else q.new_zeros(0, q.shape[1], case.v.shape[-1])
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:

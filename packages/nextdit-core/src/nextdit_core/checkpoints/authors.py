@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nextdit_core.checkpoints.feed_forwards import ExpertsBy, expert_fields, first_expert
 from nextdit_core.checkpoints.mapping import Derived, own_tensors, same
 from nextdit_core.checkpoints.token_order import (
     add_sigma,
@@ -54,12 +55,10 @@ class Variant:
     sample_size: int = 128
 
     @classmethod
-    def of(
-        cls, shapes: Mapping[str, tuple[int, ...]], patch_size: int, sample_size: int
-    ) -> Variant:
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], patch_size: int) -> Variant:
         """Read it from the shapes, in their names, and from what no shape tells."""
         rows, columns = shapes.get(OUTPUT[0], (0,))[0], shapes.get(INPUT, (0, 0))[-1]
-        return cls(patch_size, rows != columns, PAD in shapes, sample_size)
+        return cls(patch_size, rows != columns, PAD in shapes)
 
     def left_out(self, config: NextDiTConfig) -> tuple[str, ...]:
         """Say what reading drops."""
@@ -108,7 +107,13 @@ def check_expressible(config: NextDiTConfig, patch_size: int) -> None:
         UserError: It has no text, other axes than rows and columns, another epsilon or base, or
             tokens that are no patches of this side.
     """
+    experts = config.time_experts or config.space_experts
     reasons: list[tuple[bool, str]] = [
+        (
+            experts > 0,
+            "its feed-forward layers are experts, and theirs are plain (the authors' mixtures of "
+            "experts are class-conditional, without text)",
+        ),
         (config.text_dim is None, "it has no text, which theirs always has"),
         (config.classes is not None, "it has classes, which theirs has not beside text"),
         (config.final_shift, "its final layer shifts, theirs does not"),
@@ -147,6 +152,7 @@ def infer_config(
     shapes: Mapping[str, tuple[int, ...]],
     heads: int | None = None,
     lacks: Callable[[str], UserError] | None = None,
+    experts_by: ExpertsBy | None = None,
 ) -> NextDiTConfig:
     """Read the sizes from the shapes, in the authors' names.
 
@@ -154,12 +160,14 @@ def infer_config(
         shapes: By name.
         heads: Query heads, where no gate tells them and the width is of no release.
         lacks: Makes the error for a tensor that is missing.
+        experts_by: By what experts are chosen, where no router tells.
 
     Returns:
         The config; what shapes do not tell is as released (norm_eps 1e-5, rope_base 1e4).
 
     Raises:
-        UserError: A tensor that tells a size is missing, or sizes do not fit one another.
+        UserError: A tensor that tells a size is missing, sizes do not fit one another, or what was
+            said does not fit them.
     """
 
     def size(name: str, axis: int) -> int:
@@ -171,19 +179,10 @@ def infer_config(
     first = "layers.0.attention"
     width, token_dim = size(INPUT, 0), size(INPUT, 1)
     text = f"{first}.gate" in shapes
-    heads = size(f"{first}.gate", 0) if text else heads
-    if heads is None and width in RELEASED_WIDTHS:
-        heads = 32
-    if heads is None:
-        raise UserError(
-            f"no tensor tells the number of heads, and width {width} is of no release; give heads"
-        )
-    if width % heads:
-        raise UserError(f"width {width} is not a multiple of {heads} heads; it is damaged")
     keys = size(f"{first}.wk.weight", 0)
-    if keys % (width // heads):
-        raise UserError(f"{keys} key channels are not a multiple of {width // heads} per head")
+    heads = _heads(width, keys, heads, size(f"{first}.gate", 0) if text else None)
     kv_heads = keys // (width // heads)
+    feed_forward = first_expert(shapes)
     config = NextDiTConfig(
         token_dim=token_dim,
         width=width,
@@ -194,8 +193,37 @@ def infer_config(
         qk_norm=f"{first}.q_norm.weight" in shapes,
         classes=size(TABLE, 0) - 1 if TABLE in shapes else None,
         final_shift=size("final_layer.adaLN_modulation.1.weight", 0) == 2 * width,
+        **expert_fields(shapes, width, min(width, 1024), experts_by),
     )
-    return _with_ffn(config, size("layers.0.feed_forward.w1.weight", 0))
+    return _with_ffn(config, size(f"{feed_forward}.w1.weight", 0))
+
+
+def _heads(width: int, keys: int, said: int | None, gate: int | None) -> int:
+    """Find the number of query heads: by the gate's length, by what is said, or by the release."""
+    fitting = [
+        count
+        for count in range(1, width // 4 + 1)
+        if width % count == 0 and width // count % 4 == 0 and keys % (width // count) == 0
+    ]
+    if said is not None and gate is not None and said != gate:
+        raise UserError(
+            f"heads is {said}, and the gate of the text attention has {gate}; leave out heads"
+        )
+    heads = gate if gate is not None else said
+    if heads is None and width in RELEASED_WIDTHS:
+        heads = 32
+    choices = ", ".join(map(str, fitting)) or "none"
+    if heads is None:
+        raise UserError(
+            f"no tensor tells the number of heads, and width {width} is of no release; give heads "
+            f"(--heads on the command line). Those that fit the shapes: {choices}"
+        )
+    if heads not in fitting:
+        raise UserError(
+            f"{heads} heads do not fit width {width} and {keys} key channels; those that do: "
+            f"{choices}. Give other heads, or check that the files belong together"
+        )
+    return heads
 
 
 def _with_ffn(config: NextDiTConfig, hidden: int) -> NextDiTConfig:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nextdit_core.checkpoints import authors, class_conditional, diffusers
 from nextdit_core.checkpoints.authors import Variant
+from nextdit_core.checkpoints.feed_forwards import ExpertsBy, expert_kind
 from nextdit_core.checkpoints.fit import check_fit, check_sizes
 from nextdit_core.checkpoints.mapping import Derived, converted_shapes, own_tensors, same
 from nextdit_core.checkpoints.model_args import read_model_args
@@ -26,6 +27,7 @@ from nextdit_core.model_folder import CARD, CHECKPOINTS, find_model
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 CONSOLIDATED = re.compile(r"consolidated(_ema)?\.(\d+)-of-(\d+)\.(safetensors|pth)")
+CLASS_CONDITIONAL = (Layout.CLASS_CONDITIONAL, Layout.MIXTURE)
 STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -39,8 +41,6 @@ class Checkpoint:
         config: Its sizes.
         weights: Its tensors, to be read a few at a time.
         plan: What each of our tensors is made of.
-        patch_size: Side of a patch; 2 where nothing tells.
-        sample_size: Side of the latents that it was trained on; 128 where nothing tells.
         left_out: What it holds and a backbone does not need, in words.
         model_args: What the authors' training script was started with, where it is known.
     """
@@ -50,8 +50,6 @@ class Checkpoint:
     config: NextDiTConfig
     weights: Weights
     plan: Mapping[str, Derived]
-    patch_size: int = 2
-    sample_size: int = 128
     left_out: tuple[str, ...] = ()
     model_args: Mapping[str, Any] = field(default_factory=dict)
 
@@ -62,6 +60,7 @@ def open_checkpoint(
     ema: bool = False,
     patch_size: int | None = None,
     heads: int | None = None,
+    experts_by: ExpertsBy | None = None,
 ) -> Checkpoint:
     """Find the backbone that a path stands for, recognise its layout, and check its tensors.
 
@@ -69,15 +68,16 @@ def open_checkpoint(
         path: A backbone's folder, a saved model, a run, a diffusers pipeline or its transformer, an
             authors' folder, or a single weight file.
         ema: Take the authors' averaged weights.
-        patch_size: Side of a patch, where the checkpoint is the authors' and it is not 2.
+        patch_size: Side of a patch, where the checkpoint does not say it and it is not 2.
         heads: Query heads, where the checkpoint is class-conditional and of no released width.
+        experts_by: "time" or "space", by what experts are chosen where no tensor tells.
 
     Returns:
         The checkpoint; of the weights only the list of names and shapes was read.
 
     Raises:
-        UserError: There is none, it is damaged or another network, or tensors are missing,
-            unexpected or misshapen.
+        UserError: There is none, it is damaged or another network, tensors are missing, unexpected
+            or misshapen, or what was said does not fit it.
     """
     place = _backbone_place(Path(path))
     files = [place] if place.is_file() else _files(place, ema)
@@ -96,17 +96,24 @@ def open_checkpoint(
     refuse_foreign(place, layout, weights.shapes)
     values = _config_values(folder)
     args = folder / "model_args.pth"
-    theirs = layout in (Layout.AUTHORS, Layout.CLASS_CONDITIONAL)
+    theirs = layout in (Layout.AUTHORS, *CLASS_CONDITIONAL)
     said = read_model_args(args) if theirs and args.is_file() else {}
     config, variant, plan, expected = _plan(
-        place, layout, weights.shapes, values, said, patch_size, heads
+        place, layout, weights.shapes, values, said, patch_size, heads, expert_kind(experts_by)
     )
+    if heads is not None and heads != config.heads:
+        raise UserError(f"heads is {heads}, and {place} says {config.heads}; leave out heads")
+    if patch_size is not None and config.patch_size not in (None, patch_size):
+        raise UserError(
+            f"patch_size is {patch_size}, and {place} says {config.patch_size}; leave out "
+            f"patch_size"
+        )
+    config = replace(config, patch_size=patch_size or config.patch_size)
     check_fit(place, layout.value, weights.shapes, expected)
     if variant is None:
         return Checkpoint(place, layout, config, weights, plan)
-    sides = variant.patch_size, variant.sample_size
     left_out = variant.left_out(config)
-    return Checkpoint(place, layout, config, weights, plan, *sides, left_out, said)
+    return Checkpoint(place, layout, config, weights, plan, left_out, said)
 
 
 def _backbone_place(path: Path) -> Path:
@@ -197,6 +204,7 @@ def _plan(
     said: Mapping[str, Any],
     patch_size: int | None,
     heads: int | None,
+    experts_by: ExpertsBy | None,
 ) -> tuple[NextDiTConfig, Variant | None, dict[str, Derived], dict[str, tuple[int, ...]]]:
     """Find the sizes, what theirs adds to them, what ours is made of, and what has to be there."""
 
@@ -224,21 +232,26 @@ def _plan(
         else:
             _check_class(place, values)
             config, patch = diffusers.read_config(values)
-        variant = Variant.of(named, patch, _sample_size(values or {}, "sample_size", 1))
+        side = _sample_size(values or {}, "sample_size", 1)
+        variant = Variant.of(named, patch)
         reading, writing = diffusers.reading, diffusers.writing
     else:
         named = shapes
-        config = authors.infer_config(named, heads, lacks=lacks)
+        if layout is Layout.MIXTURE:
+            experts_by = experts_by or _experts_by(said)
+        config = authors.infer_config(named, heads, lacks=lacks, experts_by=experts_by)
         patch = patch_size or _patch_size(said)
-        variant = Variant.of(named, patch, _sample_size(said, "image_size", 8))
+        side = _sample_size(said, "image_size", 8)
+        variant = Variant.of(named, patch)
         reading, writing = authors.reading, authors.writing
-    if layout is Layout.CLASS_CONDITIONAL:
+    if layout in CLASS_CONDITIONAL:
         reading, writing = class_conditional.reading, class_conditional.writing
         authors.check_patches(config, patch)
     else:
         authors.check_expressible(config, patch)
     check_sizes(place, config, named, authors.layer_count(named))
     expected = converted_shapes(config, writing(config, variant))
+    config = replace(config, patch_size=patch, sample_size=side)
     return config, variant, reading(config, variant), expected
 
 
@@ -251,14 +264,22 @@ def _check_class(place: Path, values: Mapping[str, Any]) -> None:
         )
 
 
+def _experts_by(model_args: Mapping[str, Any]) -> ExpertsBy | None:
+    """Read by what experts are chosen from a name such as DiT_Llama_600M_patch2_Spatial."""
+    name = str(model_args.get("model", ""))
+    if not name.startswith("DiT_Llama_") or name.endswith("_Both"):
+        return None
+    return "space" if name.endswith("_Spatial") else "time"
+
+
 def _patch_size(model_args: Mapping[str, Any]) -> int:
     """Read the patch size from a name such as NextDiT_2B_GQA_patch2; all releases have 2."""
     match = re.search(r"patch(\d{1,3})", str(model_args.get("model", "")))
     return int(match.group(1)) if match else 2
 
 
-def _sample_size(values: Mapping[str, Any], key: str, pixels: int) -> int:
-    """Read the side of the latents that a checkpoint was trained on; the releases' is 128."""
+def _sample_size(values: Mapping[str, Any], key: str, pixels: int) -> int | None:
+    """Read the side of the latents that a checkpoint was trained on, where it says so."""
     found = values.get(key)
-    known = isinstance(found, int) and 0 < found < 1 << 20
-    return found // pixels if known and found >= pixels else 128
+    known = isinstance(found, int) and pixels <= found < 1 << 20
+    return found // pixels if known else None

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from nextdit_core.checkpoints.feed_forwards import (
+    expected_counts,
+    expert_counts,
+    first_expert,
+)
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.errors import UserError
 
@@ -72,12 +77,13 @@ def check_sizes(place: object, config: NextDiTConfig, found: Shapes, layers: int
         return shape[axis] if len(shape) == 2 else None
 
     first = "layers.0"
-    sizes = [
+    sizes: list[tuple[str, object, object]] = [
         ("layers", config.layers, layers),
         ("width", config.width, size("x_embedder.weight", 0)),
         ("token_dim", config.token_dim, size("x_embedder.weight", 1)),
         ("text_dim", config.text_dim, size(f"{first}.attention.wk_y.weight", 1)),
-        ("feed-forward width", config.ffn_width, size(f"{first}.feed_forward.w1.weight", 0)),
+        ("experts", expected_counts(config), expert_counts(found)),
+        ("feed-forward width", config.ffn_width, size(f"{first_expert(found)}.w1.weight", 0)),
     ]
     for name, said, seen in sizes:
         if said != seen:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nextdit_core.backbone import NextDiT
 from nextdit_core.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from nextdit_core.checkpoints.feed_forwards import ExpertsBy
 from nextdit_core.checkpoints.mapping import Derived, convert, described
 from nextdit_core.checkpoints.tensor_files import Weights
 from nextdit_core.errors import UserError
@@ -28,9 +29,12 @@ def load_backbone(
     ema: bool = False,
     patch_size: int | None = None,
     heads: int | None = None,
+    experts_by: ExpertsBy | None = None,
 ) -> NextDiT:
     """Load a backbone from disk, in any layout; see `NextDiT.from_pretrained`."""
-    checkpoint = open_checkpoint(path, ema=ema, patch_size=patch_size, heads=heads)
+    checkpoint = open_checkpoint(
+        path, ema=ema, patch_size=patch_size, heads=heads, experts_by=experts_by
+    )
     return read_backbone(checkpoint, dtype=dtype, device=device)
 
 

@@ -21,11 +21,13 @@ from nextdit_core.errors import UserError
 __all__ = ["MergedShards", "cut_axis"]
 
 ROWS = re.compile(
-    r"(attention\.(wq|wk|wv|wk_y|wv_y)|feed_forward\.(w1|w3)|adaLN_modulation\.1|x_embedder"
+    r"(attention\.(wq|wk|wv|wk_y|wv_y)|(feed_forward|experts\.\d+)\.(w1|w3)|adaLN_modulation\.1"
+    r"|x_embedder"
     r"|cap_embedder\.1|t_embedder\.mlp\.0|final_layer\.linear)\.(weight|bias)$|attention\.gate$"
 )
 COLUMNS = re.compile(
-    r"(attention\.wo|feed_forward\.w2|t_embedder\.mlp\.2|y_embedder\.embedding_table)\.weight$"
+    r"(attention\.wo|(feed_forward|experts\.\d+)\.w2|t_embedder\.mlp\.2"
+    r"|y_embedder\.embedding_table)\.weight$"
 )
 NORMS = re.compile(r"attention\.(q|k|ky)_norm\.")
 

@@ -12,8 +12,9 @@ from nextdit_core.errors import UserError
 
 __all__ = ["BACKBONE_FORMAT", "own_config_values", "read_own_config"]
 
-#: Raised when a reader of the version before would misread the folder.
-BACKBONE_FORMAT = 1
+#: Raised when a reader of the version before could not read the folder. Version 2 brought experts,
+#: patch_size and sample_size; what it lacks has the meaning that it had before.
+BACKBONE_FORMAT = 2
 KEY = "format_version"
 
 
@@ -27,19 +28,19 @@ def read_own_config(place: Path, values: Mapping[str, Any]) -> NextDiTConfig:
 
     Args:
         place: What to call the checkpoint.
-        values: Of config.json. Without a version they are of the first.
+        values: Of config.json, of this version or an older one; without one they are of the first.
 
     Returns:
         The sizes.
 
     Raises:
-        UserError: They are of another version, or do not fit.
+        UserError: They are of a newer version, or do not fit.
     """
     found = values.get(KEY, 1)
-    if found != BACKBONE_FORMAT:
+    if not isinstance(found, int) or not 1 <= found <= BACKBONE_FORMAT:
         raise UserError(
             f"{place} has backbone format version {found!r}; nextdit-core "
-            f"{version('nextdit-core')} reads version {BACKBONE_FORMAT}; use the nextdit-core that "
-            f"wrote it, or a newer one: pip install -U nextdit-core"
+            f"{version('nextdit-core')} reads versions 1 to {BACKBONE_FORMAT}; use the "
+            f"nextdit-core that wrote it, or a newer one: pip install -U nextdit-core"
         )
     return NextDiTConfig.from_dict({key: value for key, value in values.items() if key != KEY})

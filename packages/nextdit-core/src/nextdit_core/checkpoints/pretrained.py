@@ -26,6 +26,7 @@ class Pretrained:
         ema: bool = False,
         patch_size: int | None = None,
         heads: int | None = None,
+        experts_by: Literal["time", "space"] | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -36,8 +37,9 @@ class Pretrained:
 
         The layout is recognised by the names of the tensors: ours, that of Lumina-Next's authors
         (`consolidated*` files, of several model-parallel ranks too) or of their class-conditional
-        Next-DiT, or diffusers' `LuminaNextDiT2DModel`. No pickle is executed. One tensor after the
-        other is read, so that the memory in use is that of the weights.
+        Next-DiT, with experts or without, or diffusers' `LuminaNextDiT2DModel`. No pickle is
+        executed. One tensor after the other is read, so that the memory in use is that of the
+        weights.
 
         Args:
             path: What `save_pretrained` wrote, a saved model, a run (its newest checkpoint), a
@@ -46,8 +48,10 @@ class Pretrained:
             dtype: What the weights become; as stored when None.
             device: Where they go.
             ema: Take the authors' averaged weights (`consolidated_ema.*`).
-            patch_size: Side of a patch, where the checkpoint is the authors' and it is not 2.
+            patch_size: Side of a patch, where the checkpoint does not say it and it is not 2.
             heads: Query heads, where the checkpoint is class-conditional and of no released width.
+            experts_by: By what the experts of a mixture are chosen, "time" or "space", where no
+                tensor tells: up to a width of 1024, without a `model_args.pth`.
             revision: Branch, tag or commit on the hub.
             token: Access token of the hub; True takes the stored one.
             cache_dir: Where downloads are kept.
@@ -79,7 +83,13 @@ class Pretrained:
             force_download=force_download,
         )
         return load_backbone(
-            place, dtype=dtype, device=device, ema=ema, patch_size=patch_size, heads=heads
+            place,
+            dtype=dtype,
+            device=device,
+            ema=ema,
+            patch_size=patch_size,
+            heads=heads,
+            experts_by=experts_by,
         )
 
     def save_pretrained(
@@ -88,8 +98,8 @@ class Pretrained:
         *,
         layout: Literal["nextdit", "diffusers", "authors"] = "nextdit",
         max_shard_size: int | str = "5GB",
-        patch_size: int = 2,
-        sample_size: int = 128,
+        patch_size: int | None = None,
+        sample_size: int | None = None,
     ) -> None:
         """Write a folder that `from_pretrained` reads.
 
@@ -98,13 +108,14 @@ class Pretrained:
             layout: "nextdit" (config.json and model.safetensors), "diffusers" (what
                 `LuminaNextDiT2DModel.from_pretrained` loads) or "authors"
                 (consolidated.00-of-01.safetensors, with a model_args.pth where a constructor of
-                theirs has these sizes).
+                theirs has these sizes; of a backbone with classes that of Next-DiT-ImageNet or,
+                with experts, Next-DiT-MoE).
             max_shard_size: Most bytes of tensors in one file, such as "5GB"; there are several and
                 an index where that is too little. The authors' layout is always one file.
             patch_size: Side of a patch, which decides the order of the numbers in a token in the
-                layouts of others.
-            sample_size: Side of the latents that it was trained on, for diffusers, whose pipeline
-                extrapolates from it.
+                layouts of others; the config's, or else 2, when None.
+            sample_size: Side of the latents that it was trained on, from which diffusers' pipeline
+                extrapolates; the config's, or else 128, when None. Our own layout keeps both.
 
         Raises:
             UserError: The place is taken or not writable, the disk is full, or the backbone has no

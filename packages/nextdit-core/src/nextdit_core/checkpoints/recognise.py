@@ -21,7 +21,7 @@ class Layout(Enum):
     LUMINA_2 = "Lumina-2 (Lumina-Image-2.0) in its authors' layout"
     LUMINA_2_DIFFUSERS = "Lumina-2 (Lumina-Image-2.0) in diffusers' layout"
     STALE = "Lumina-Next as diffusers' convert_lumina_to_diffusers.py writes it"
-    MIXTURE = "a mixture of experts of Next-DiT-MoE"
+    MIXTURE = "the class-conditional mixture of experts of Next-DiT-MoE"
     FLAG_DIT = "Flag-DiT (Lumina-T2I or Flag-DiT-ImageNet)"
     FLAG_DIT_1D = "the one-dimensional Flag-DiT of Lumina-T2Music or Lumina-T2Audio"
     UNKNOWN = "no layout that is known here"
@@ -35,7 +35,6 @@ ADVICE = {
     "layers); use diffusers' Lumina2Pipeline",
     Layout.STALE: "that script writes names that diffusers' own model does not load; start from "
     "the authors' consolidated file and write it with: nextdit convert SOURCE DEST --to diffusers",
-    Layout.MIXTURE: "its feed-forward layers are experts, which this reader does not know",
     Layout.FLAG_DIT: "the predecessor of Next-DiT (one-dimensional rotary embedding, shifts in "
     "every block, no norm behind a sublayer); use the authors' code",
     Layout.FLAG_DIT_1D: "the predecessor of Next-DiT; use the authors' code",
@@ -65,7 +64,7 @@ def recognise(shapes: Mapping[str, tuple[int, ...]]) -> Layout:
         stale = any_of("layers.N.attn_norm", "layers.N.adaLN_modulation", "final_layer.")
         return Layout.STALE if stale else Layout.DIFFUSERS
     if any_of("layers.N.feed_forward.experts.", "layers.N.feed_forward_"):
-        return Layout.MIXTURE
+        return Layout.OWN if any_of("layers.N.attention_norm1.") else Layout.MIXTURE
     if any_of("proj_in.", "blocks.") and any_of("blocks.N.attention.w"):
         return Layout.FLAG_DIT_1D
     if not any_of("layers.N.attention.w"):

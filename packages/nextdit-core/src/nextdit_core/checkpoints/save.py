@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from nextdit_core.checkpoints import authors, diffusers
+from nextdit_core.checkpoints import authors, class_conditional, diffusers
 from nextdit_core.checkpoints.authors import Variant
 from nextdit_core.checkpoints.mapping import same
 from nextdit_core.checkpoints.model_args import write_model_args
 from nextdit_core.checkpoints.own_config import own_config_values
 from nextdit_core.checkpoints.shards import parse_size, save_shards
-from nextdit_core.config import SIZES, NextDiTConfig
+from nextdit_core.config import NextDiTConfig
 from nextdit_core.errors import unknown_name
 from nextdit_core.folder import check_free, new_folder, write_json, write_text
 
@@ -23,9 +24,20 @@ __all__ = ["MAX_SHARD_SIZE", "LayoutName", "save_backbone", "write_backbone"]
 
 LayoutName = Literal["nextdit", "diffusers", "authors"]
 MAX_SHARD_SIZE = "5GB"
+#: What the releases have, taken where a config does not say.
+PATCH_SIZE, SAMPLE_SIZE = 2, 128
 
-#: The constructors of the authors' text-to-image folder.
+#: The constructors of the authors' text-to-image folder, and of the class-conditional ones.
 CONSTRUCTORS = {"2b": "NextDiT_2B_patch2", "2b-gqa": "NextDiT_2B_GQA_patch2"}
+CLASS_CONSTRUCTORS = {
+    "600m": "DiT_Llama_600M_patch2",
+    "2b": "DiT_Llama_2B_patch2",
+    "3b": "DiT_Llama_3B_patch2",
+    "7b": "DiT_Llama_7B_patch2",
+    "600m-moe-time": "DiT_Llama_600M_patch2",
+    "600m-moe-space": "DiT_Llama_600M_patch2_Spatial",
+    "600m-moe-both": "DiT_Llama_600M_patch2_Both",
+}
 
 
 def save_backbone(
@@ -35,13 +47,20 @@ def save_backbone(
     *,
     layout: LayoutName = "nextdit",
     max_shard_size: int | str = MAX_SHARD_SIZE,
-    patch_size: int = 2,
-    sample_size: int = 128,
+    patch_size: int | None = None,
+    sample_size: int | None = None,
 ) -> None:
     """Write a folder; see `NextDiT.save_pretrained`."""
-    check_savable(config, Path(path), layout, max_shard_size, patch_size)
+    config = replace(
+        config,
+        patch_size=config.patch_size if patch_size is None else patch_size,
+        sample_size=config.sample_size if sample_size is None else sample_size,
+    )
+    check_savable(config, Path(path), layout, max_shard_size)
     most = parse_size(max_shard_size)
-    variant = Variant(patch_size, sample_size=sample_size)
+    variant = Variant(
+        config.patch_size or PATCH_SIZE, sample_size=config.sample_size or SAMPLE_SIZE
+    )
     with new_folder(Path(path)) as folder:
         if layout == "nextdit":
             write_backbone(folder, weights, config, max_shard_size=most)
@@ -53,7 +72,8 @@ def save_backbone(
         else:
             # Their readers count shards as model-parallel ranks, so there is one file.
             total = sum(tensor.nbytes for tensor in weights.values())
-            plan = authors.writing(config, variant)
+            theirs = authors if config.classes is None else class_conditional
+            plan = theirs.writing(config, variant)
             save_shards(folder, "consolidated.00-of-01", weights, plan, 2 * total)
             args = model_args_of(config)
             if args is not None:
@@ -73,15 +93,18 @@ def layout_name(name: str) -> LayoutName:
 
 
 def check_savable(
-    config: NextDiTConfig, path: Path, layout: str, max_shard_size: int | str, patch_size: int
+    config: NextDiTConfig, path: Path, layout: str, max_shard_size: int | str
 ) -> None:
     """Find out what would stop a save, before weights are read or written.
 
     Raises:
         UserError: The place is taken, or the layout does not exist or cannot hold the backbone.
     """
+    patch_size = config.patch_size or PATCH_SIZE
     parse_size(max_shard_size)
-    if layout_name(layout) != "nextdit":
+    if layout_name(layout) == "authors" and config.classes is not None:
+        class_conditional.check_expressible(config, patch_size)
+    elif layout != "nextdit":
         authors.check_expressible(config, patch_size)
     check_free(path)
 
@@ -101,12 +124,16 @@ def write_backbone(
 
 def model_args_of(config: NextDiTConfig) -> dict[str, Any] | None:
     """Give what the weights say of the authors' arguments, where a constructor of theirs fits."""
-    for size, constructor in CONSTRUCTORS.items():
-        named = NextDiTConfig.named(
-            size, token_dim=config.token_dim, text_dim=config.text_dim, qk_norm=config.qk_norm
-        )
-        if named == config and size in SIZES:
-            return {"model": constructor, "qk_norm": config.qk_norm, "model_parallel_size": 1}
+    constructors = CONSTRUCTORS if config.classes is None else CLASS_CONSTRUCTORS
+    given = {
+        name: getattr(config, name)
+        for name in ("token_dim", "text_dim", "qk_norm", "classes", "final_shift", "sample_size")
+    }
+    config = replace(config, patch_size=None if config.patch_size == 2 else config.patch_size)
+    for size, constructor in constructors.items():
+        if NextDiTConfig.named(size, **given) == config:
+            said = {"model": constructor, "qk_norm": config.qk_norm, "model_parallel_size": 1}
+            return said if config.classes is None else said | {"num_classes": config.classes}
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -25,11 +26,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Number format; as stored by default.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Largest file.")
 @click.option("--ema", is_flag=True, help="Take the authors' averaged weights.")
-@click.option("--patch-size", type=int, help="Side of a patch, where it is not 2.")
+@click.option("--patch-size", type=int, help="Side of a patch, where SOURCE does not say.")
+@click.option("--heads", type=click.IntRange(1), help="Query heads, where no tensor tells them.")
+@click.option(
+    "--experts-by",
+    type=click.Choice(["time", "space"]),
+    help="By what experts are chosen, where no tensor tells it.",
+)
 @click.option(
     "--sample-size",
     type=click.IntRange(1),
-    help="Side of the latents that it was trained on, for diffusers; SOURCE's, or 128.",
+    help="Side of the latents that it was trained on; SOURCE's, or for diffusers 128.",
 )
 def convert(
     source: str,
@@ -39,6 +46,8 @@ def convert(
     max_shard_size: str,
     ema: bool,
     patch_size: int | None,
+    heads: int | None,
+    experts_by: Literal["time", "space"] | None,
     sample_size: int | None,
 ) -> None:
     """Write the backbone of SOURCE to the new folder DEST.
@@ -54,17 +63,21 @@ def convert(
     from nextdit_core.checkpoints.save import check_savable, layout_name
 
     name = layout_name(layout)
-    checkpoint = open_checkpoint(local_path(source, ema=ema), ema=ema, patch_size=patch_size)
-    patch = patch_size or checkpoint.patch_size
-    check_savable(checkpoint.config, dest, name, max_shard_size, patch)
+    checkpoint = open_checkpoint(
+        local_path(source, ema=ema),
+        ema=ema,
+        patch_size=patch_size,
+        heads=heads,
+        experts_by=experts_by,
+    )
+    check_savable(checkpoint.config, dest, name, max_shard_size)
     click.echo(f"read     {checkpoint.place}: {checkpoint.layout.value}")
     model = read_backbone(checkpoint, dtype=None if dtype is None else getattr(torch, dtype))
     model.save_pretrained(
         dest,
         layout=name,
         max_shard_size=max_shard_size,
-        patch_size=patch,
-        sample_size=sample_size or checkpoint.sample_size,
+        sample_size=sample_size,
     )
     count = sum(parameter.numel() for parameter in model.parameters())
     click.echo(f"written  {dest}: {count:,} parameters, layout {layout}")
@@ -72,6 +85,5 @@ def convert(
         for line in checkpoint.left_out:
             click.echo(f"left out {line}")
     else:
-        click.echo(
-            "zeros    pad_token and the second half of the output; no result depends on them"
-        )
+        pad = "pad_token and " if model.config.classes is None else ""
+        click.echo(f"zeros    {pad}the second half of the output; no result depends on them")

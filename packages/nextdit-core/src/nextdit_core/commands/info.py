@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -23,12 +24,19 @@ DISTRIBUTIONS = (
 
 @click.command()
 @click.argument("path", required=False, type=click.Path(path_type=Path))
-def info(path: Path | None) -> None:
+@click.option("--heads", type=click.IntRange(1), help="Query heads, where no tensor tells them.")
+@click.option(
+    "--experts-by",
+    type=click.Choice(["time", "space"]),
+    help="By what experts are chosen, where no tensor tells it.",
+)
+def info(path: Path | None, heads: int | None, experts_by: Literal["time", "space"] | None) -> None:
     """Describe this installation or, given PATH, a saved model, a run or a backbone.
 
     A backbone may be ours, the authors' or diffusers'.
     """
-    for name, value in _model(path) if path is not None else _installation():
+    rows = _installation() if path is None else _model(path, heads, experts_by)
+    for name, value in rows:
         click.echo(f"{name:<18}{value}")
 
 
@@ -56,19 +64,23 @@ def _installation() -> list[tuple[str, str]]:
     return rows + list(block_operations.explain(device, dtype).items())
 
 
-def _model(path: Path) -> list[tuple[str, str]]:
+def _model(
+    path: Path, heads: int | None, experts_by: Literal["time", "space"] | None
+) -> list[tuple[str, str]]:
     from nextdit_core.model_folder import CARD, CHECKPOINTS
 
     if (path / CARD).is_file() or (path / CHECKPOINTS).is_dir():
         return _saved_model(path)
-    return _backbone(path)
+    return _backbone(path, heads, experts_by)
 
 
-def _backbone(path: Path) -> list[tuple[str, str]]:
+def _backbone(
+    path: Path, heads: int | None, experts_by: Literal["time", "space"] | None
+) -> list[tuple[str, str]]:
     """Describe a backbone of any layout; its weights are not read."""
     from nextdit_core.checkpoints.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, heads=heads, experts_by=experts_by)
     stored = checkpoint.weights.stored.values()
     count = sum(one.bytes for one in stored)
     dtypes = sorted({str(one.dtype).removeprefix("torch.") for one in stored})
