@@ -150,7 +150,7 @@ def test_latents_go_in_and_come_out(pipe: Pipeline) -> None:
         ({"latents": []}, "0 latents for 1 prompts"),
         ({"latents": [torch.zeros(3, 2)], "size": (3,)}, "size or latents, not both"),
         ({"latents": [torch.zeros(3, 2)], "start": 1.5}, "1.5"),
-        ({"output": "picture"}, "'media' or 'latent'"),
+        ({"output": "picture"}, "'media', 'tensor' or 'latent'"),
         ({"context_drop": "2"}, "context drop '2'"),
     ],
 )

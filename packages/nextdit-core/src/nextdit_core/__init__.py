@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nextdit_core.autoencoder import Autoencoder, LatentSpec
     from nextdit_core.backbone import FinalLayer, NextDiT, PreparedConditioning
     from nextdit_core.conditioning import Conditioning
     from nextdit_core.config import NextDiTConfig
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 __version__ = version("nextdit-core")
 
 _HOMES = {
+    "Autoencoder": "autoencoder",
+    "LatentSpec": "autoencoder",
     "FinalLayer": "backbone",
     "NextDiT": "backbone",
     "PreparedConditioning": "backbone",
@@ -51,6 +54,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Autoencoder",
     "Conditioning",
     "ContextDrop",
     "Dataset",
@@ -60,6 +64,7 @@ __all__ = [
     "FinalLayer",
     "FrozenTextEncoder",
     "Guidance",
+    "LatentSpec",
     "Modality",
     "NextDiT",
     "NextDiTConfig",

@@ -19,7 +19,9 @@ from nextdit_core.errors import UserError
 from nextdit_core.extrapolation import Extrapolation
 from nextdit_core.flow_model import FlowModel
 from nextdit_core.guidance import Guidance
+from nextdit_core.lumina_pipeline import load_lumina
 from nextdit_core.modality import Modality, Size
+from nextdit_core.model_folder import is_saved_model
 from nextdit_core.packed_velocity import PackedVelocity
 from nextdit_core.sampling_plan import check_sampling, named_schedule
 from nextdit_core.saved_model import ModelCard, load_model
@@ -48,25 +50,53 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        dtype: torch.dtype = torch.float32,
+        text_encoder: str | Path | None = None,
+        autoencoder: str | Path | None = None,
+        ema: bool = False,
     ) -> Self:
-        """Load a saved model: backbone, text encoder and modality.
+        """Load a saved model, or Lumina-Next as others save it: text encoder, backbone, modality.
 
         Args:
-            path: A saved model, a run, whose newest complete checkpoint is taken, or OWNER/NAME
-                of a saved model on the Hugging Face hub. A backbone alone, the authors' and
-                diffusers' included, says nothing of its modality: `NextDiT.from_pretrained`.
+            path: A saved model, a run, whose newest complete checkpoint is taken, or a diffusers
+                pipeline of Lumina-Next (`LuminaPipeline`); or OWNER/NAME of one on the Hugging
+                Face hub. Or Lumina-Next's backbone alone, such as the authors' folder, which
+                needs the next two.
             device: "auto" (CUDA, then MPS, then CPU) or a torch device.
-            dtype: Of the weights; the ODE state is float32 whatever this is.
+            dtype: Of the backbone's weights. A text encoder of the transformers library is loaded
+                in float32 or, beside 16-bit weights, in bfloat16. Image autoencoders stay
+                in float32, and so does the ODE state.
+            text_encoder: Folder, or name on the hub, of a language model, in place of the
+                diffusers pipeline's: "google/gemma-2b".
+            autoencoder: Folder, or name on the hub, of an image autoencoder of diffusers,
+                likewise: "stabilityai/sdxl-vae". Either may be a whole pipeline, of which that
+                part is taken.
+            ema: Take the authors' averaged weights.
 
         Returns:
-            The pipeline.
+            The pipeline. Of Lumina-Next it guides as the authors do, by 4 and the first three of
+            four channels, on the time grid that the scheduler's shift says (4 for the authors'
+            folder), at the size that its config says.
 
         Raises:
             UserError: The folder is not a complete model of this format, or needs a part
-                that is not installed.
+                that is not installed; a pipeline is of another class (Lumina-2 is named), lacks a
+                part or has parts that do not fit one another; or a backbone came alone.
         """
-        place = local_path(path, pipeline=True)
+        place = local_path(path, pipeline=True, ema=ema)
+        given = {"text_encoder": text_encoder, "autoencoder": autoencoder}
+        if not is_saved_model(place):
+            found = load_lumina(place, pick_device(device), dtype, ema=ema, **given)
+            return cls(*found)
+        asked = [name for name, value in given.items() if value is not None] + ["ema"] * ema
+        if asked:
+            raise UserError(
+                f"{path} is a saved model with parts of its own; leave out {' and '.join(asked)}"
+            )
         return cls(*load_model(place, pick_device(device), dtype))
 
     @property
@@ -83,14 +113,14 @@ class Pipeline:
         seed: int | Sequence[int] = 0,
         nfe: int | None = None,
         solver: str | None = None,
-        schedule: str | None = None,
+        schedule: str | flowsolvers.Schedule | None = None,
         guidance: float | Guidance | None = None,
         negative_prompt: str = "",
         extrapolate: Extrapolation | str | None = None,
         context_drop: ContextDrop | str | None = None,
         latents: Sequence[Tensor] | None = None,
         start: float = 0.0,
-        output: Literal["media", "latent"] = "media",
+        output: Literal["media", "tensor", "latent"] = "media",
         on_step: Callable[[flowsolvers.Reached[Tensor]], object] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Any]:
@@ -103,9 +133,11 @@ class Pipeline:
                 The noise of a sample depends only on its seed, place and size.
             nfe: Velocity evaluations, counted per sample without the guidance factor.
             solver: A flowsolvers solver name.
-            schedule: A flowsolvers time grid name; "auto" is the solver's own.
+            schedule: A flowsolvers time grid or its name, such as "shift:4"; "auto" is the
+                solver's own.
             guidance: Classifier-free guidance scale, 1 is no guidance; or a `Guidance`, for
-                another rule or an interval.
+                another rule, an interval or chosen channels. A number guides the channels that
+                the model's card says, a `Guidance` those that it says itself.
             negative_prompt: What guidance leads away from.
             extrapolate: For sizes beyond the trained one: an `Extrapolation`, or its method, such
                 as "time-aware"; None takes positions as they are.
@@ -116,13 +148,14 @@ class Pipeline:
             start: Time at which to begin, in [0, 1), 0 = noise. Above 0, latents are data, to
                 which this much of each sample's noise is added first; 1 - start is known as
                 strength.
-            output: "media", or "latent" to leave out the decoding.
+            output: "media"; "tensor", the numbers of media, such as pixels in [-1, 1], unrounded;
+                or "latent", to leave out the decoding.
             on_step: Called with a `flowsolvers.Reached` at each step's end; its x are packed
                 tokens, and it can stop.
             progress: Called at each step's end with the number of evaluations so far.
 
         Returns:
-            The media, as the modality's `decode` makes them; or latents.
+            The media, as the modality's `decode` makes them; or tensors on the CPU.
 
         Raises:
             UserError: A name, size or number is not acceptable.
@@ -130,16 +163,12 @@ class Pipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UserError("no prompt given; give at least one")
-        if output not in ("media", "latent"):
-            raise UserError(f"output is {output!r}; expected 'media' or 'latent'")
+        if output not in ("media", "tensor", "latent"):
+            raise UserError(f"output is {output!r}; expected 'media', 'tensor' or 'latent'")
         sizes = self._sizes(size, latents, len(prompts))
         seeds = _seeds(seed, len(prompts))
         sampling = self.card.sampling
-        guided = (
-            guidance
-            if isinstance(guidance, Guidance)
-            else Guidance(sampling["guidance"] if guidance is None else guidance)
-        )
+        guided = guidance if isinstance(guidance, Guidance) else self.guidance(guidance)
         drop = ContextDrop.parse(context_drop) if isinstance(context_drop, str) else context_drop
         solve = {
             "solver": sampling["solver"] if solver is None else solver,
@@ -171,7 +200,27 @@ class Pipeline:
             self.modality.detokenize(values.float().cpu(), one)
             for values, one in zip(samples, sizes, strict=True)
         ]
-        return found if output == "latent" else [self.modality.decode(one) for one in found]
+        if output == "latent":
+            return found
+        decode = self.modality.decode if output == "media" else self.modality.decode_tensor
+        return [decode(one) for one in found]
+
+    def guidance(self, scale: float | None = None, **settings: Any) -> Guidance:
+        """Guide as the model's card says, unless told otherwise.
+
+        Args:
+            scale: The card's when None.
+            settings: Other arguments of `Guidance`.
+
+        Returns:
+            The guidance.
+
+        Raises:
+            UserError: See `Guidance`.
+        """
+        sampling = self.card.sampling
+        settings.setdefault("channels", sampling.get("guidance_channels"))
+        return Guidance(sampling["guidance"] if scale is None else scale, **settings)
 
     def _sizes(
         self, size: Size | Sequence[Size] | None, latents: Sequence[Tensor] | None, count: int
@@ -234,7 +283,10 @@ class Pipeline:
         if not guided:
             return alone
         both = PackedVelocity(backbone, prepared, Tokens.pack([noise, noise]), drop, options)
-        return guidance.velocity(both, alone, noise.lengths)
+        modality = self.modality
+        return guidance.velocity(
+            both, alone, noise.lengths, modality.token_dim, modality.latent_channels
+        )
 
 
 def _told(

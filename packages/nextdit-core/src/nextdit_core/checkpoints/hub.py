@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,14 @@ from nextdit_core.model_folder import CARD
 __all__ = ["local_path", "push_folder"]
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+#: What a diffusers pipeline of Lumina-Next needs besides.
+PIPELINE = [
+    "model_index.json",
+    *("transformer/config.json", "transformer/*.safetensors*"),
+    *("vae/config.json", "vae/diffusion_pytorch_model*.safetensors"),
+    *("text_encoder/*.json", "text_encoder/model*.safetensors"),
+    *("tokenizer/*", "scheduler/*"),
+]
 #: What a backbone needs of a repository, in any layout: no text encoder, no autoencoder.
 PATTERNS = [
     "*.json",
@@ -31,6 +39,7 @@ def local_path(
     *,
     ema: bool = False,
     pipeline: bool = False,
+    patterns: Sequence[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -42,7 +51,9 @@ def local_path(
     Args:
         path: A path, or OWNER/NAME.
         ema: Take the authors' averaged weights instead of the raw ones.
-        pipeline: Take all files of a saved model, and of anything else none.
+        pipeline: Take all files of a saved model, of a diffusers pipeline those that are read,
+            and of anything else what a backbone needs.
+        patterns: Take these files and no others.
         revision: Branch, tag or commit.
         token: Access token; True takes the stored one.
         cache_dir: Where downloads are kept; huggingface_hub's own place when None.
@@ -62,7 +73,7 @@ def local_path(
     hub = _hub(f"there is no folder {path}, and to download it from the Hugging Face hub")
     consolidated = "consolidated_ema.*" if ema else "consolidated.*"
 
-    def download(patterns: list[str] | None) -> Path:
+    def download(patterns: Sequence[str] | None) -> Path:
         found = hub.snapshot_download(
             str(path),
             revision=revision,
@@ -70,15 +81,20 @@ def local_path(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             force_download=force_download,
-            allow_patterns=patterns,
+            allow_patterns=None if patterns is None else list(patterns),
         )
         return Path(found)
 
     try:
-        if not pipeline:
-            return download([*PATTERNS, consolidated])
-        first = download([CARD])
-        return download(None) if (first / CARD).is_file() else first
+        if patterns is not None:
+            return download(patterns)
+        if pipeline:
+            first = download([CARD, "model_index.json"])
+            if (first / CARD).is_file():
+                return download(None)
+            if (first / "model_index.json").is_file():
+                return download(PIPELINE)
+        return download([*PATTERNS, consolidated])
     except Exception as error:  # the network, the disk, the licence of a repository ...
         said = " ".join(str(error).split())[:300]
         raise UserError(
