@@ -19,7 +19,7 @@ __all__ = ["KLAutoencoder"]
 CLASS = "AutoencoderKL"
 WEIGHTS = ("diffusion_pytorch_model*.safetensors", "*.safetensors.index.json")
 
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class KLAutoencoder:
@@ -34,8 +34,7 @@ class KLAutoencoder:
             hub, such as "stabilityai/sdxl-vae". Of a diffusers pipeline its autoencoder is taken.
         subfolder: Where in it the autoencoder is. None means its root, or "vae" of a pipeline.
         revision: Branch, tag or commit on the hub.
-        dtype: Of the weights; "auto" is what they were saved as. That of SDXL overflows in
-            float16.
+        dtype: Of the weights. That of SDXL overflows in float16.
 
     Raises:
         UserError: There is no such folder, it holds another autoencoder or no weights, or an
@@ -53,10 +52,10 @@ class KLAutoencoder:
     ) -> None:
         if dtype not in get_args(Precision):
             raise UserError(f"dtype is {dtype!r}; accepted: {', '.join(get_args(Precision))}")
-        here = Path(model).expanduser().is_dir()
-        self.folder = _folder(model, subfolder, revision)
+        here = Path(model).expanduser()
+        self.folder = _folder(model, subfolder, revision).absolute()
         given = {
-            "model": str(Path(model).expanduser().absolute()) if here else model,
+            "model": str(here.absolute()) if here.is_dir() else model,
             "subfolder": subfolder,
             "revision": revision,
             "dtype": None if dtype == "float32" else dtype,
@@ -134,16 +133,13 @@ class KLAutoencoder:
 
     def _load(self) -> Any:
         library = _diffusers()
-        options: dict[str, Any] = {}
-        if self.dtype != "auto":
-            options["torch_dtype"] = getattr(torch, self.dtype)
         try:
             model, found = library.AutoencoderKL.from_pretrained(
                 self.folder,
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
-                **options,
+                torch_dtype=getattr(torch, self.dtype),
             )
         except Exception as error:  # of many kinds: safetensors, shapes, settings
             said = " ".join(str(error).split())[:300]
