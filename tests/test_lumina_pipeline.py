@@ -31,7 +31,10 @@ from nextdit_core import (
     Guidance,
     NextDiT,
     Pipeline,
+    Recipe,
+    Step,
     UserError,
+    train,
 )
 from nextdit_core.commands.info import info
 from nextdit_core.flow_model import FlowModel
@@ -146,15 +149,11 @@ def test_recorded_pictures_of_diffusers(golden: Path) -> None:
             "schedule": flowsolvers.from_times(times),
             "extrapolate": beyond,
         }
-        note = states.append
-        (latent,) = pipe(
-            prompt, output="latent", on_step=lambda event, note=note: note(event.x), **options
-        )
-        size = pipe.modality.size(latent)
+        note = states.extend
+        pipe(prompt, on_step=lambda step, note=note: note(step.latents()), **options)
         assert len(states) == len(case["steps"])
         for state, expected in zip(states, case["steps"], strict=True):
-            found = pipe.modality.detokenize(state, size)
-            assert (found - expected[0]).abs().max() <= 1e-5 * expected.abs().max()
+            assert (state - expected[0]).abs().max() <= 1e-5 * expected.abs().max()
         (pixels,) = pipe(prompt, output="tensor", **options)
         found = (pixels.permute(1, 2, 0) + 1.0) / 2.0
         assert (found - case["image"][0]).abs().max() <= 1e-5
@@ -192,7 +191,6 @@ def test_trajectories_are_those_of_the_authors_sampler(
     pipe = replace(found, model=FlowModel(found.model.backbone, encoder))
     stages = getattr(flowsolvers.method(ours), "stages", 1)
     states: list[Tensor] = []
-    note = states.append
     pipe(
         "asked for",
         negative_prompt="away from",
@@ -201,14 +199,12 @@ def test_trajectories_are_those_of_the_authors_sampler(
         solver=ours,
         schedule="uniform" if shift == "None" else f"shift:{shift}",
         guidance=4.0,
-        on_step=lambda event: note(event.x),
+        on_step=lambda step: states.extend(step.latents()),
         output="latent",
     )
-    size = pipe.modality.size(case["noise"][0])
     assert len(states) == len(expected) - 1
     for state, reference in zip(states, expected[1:], strict=True):
-        off = pipe.modality.detokenize(state, size) - reference
-        assert off.abs().max() <= 1e-5 * max(1.0, reference.abs().max())
+        assert (state - reference).abs().max() <= 1e-5 * max(1.0, reference.abs().max())
 
 
 def test_below_the_trained_size_nothing_is_extrapolated(
@@ -255,6 +251,89 @@ def test_pictures_of_several_sizes_are_those_alone(pipe: Pipeline) -> None:
         (alone,) = pipe(prompts[i], size=sizes[i], seed=[5 + i], **options)
         assert found.shape == (3, *sizes[i])
         assert (found - alone).abs().max() <= 1e-4
+
+
+def test_steps_can_be_looked_at_replaced_and_stopped(pipe: Pipeline) -> None:
+    """A preview is the decoded x + (1 - t) v; here v is read off Euler's own next step."""
+    grid = list(flowsolvers.shift(4.0).grid(4))
+    options: dict[str, Any] = {"nfe": 4, "solver": "euler", "schedule": "shift:4", "seed": [1, 2]}
+    sizes = [(64, 64), (32, 48)]
+    seen: list[tuple[list[Tensor], list[Tensor], list[Any]]] = []
+
+    def look(step: Step) -> None:
+        assert step.t == pytest.approx(grid[step.step + 1])
+        assert (step.steps, step.evaluations) == (4, step.step + 1)
+        seen.append((step.latents(), step.data(), step.preview()))
+
+    last = pipe(PROMPTS, size=sizes, output="latent", on_step=look, **options)
+    for n, (latents, data, pictures) in enumerate(seen):
+        for i in range(2):
+            assert pictures[i].size == sizes[i][::-1]
+            assert np.array_equal(pictures[i], pipe.modality.decode(data[i]))
+            before = seen[n - 1][0][i] if n else None
+            if before is not None:  # x_n = x_m + (t_n - t_m) v, and the data is x_n + (1 - t_n) v
+                v = (latents[i] - before) / (grid[n + 1] - grid[n])
+                expected = latents[i] + (1.0 - grid[n + 1]) * v
+                assert (data[i] - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert all(torch.equal(a, b) for a, b in zip(seen[-1][0], last, strict=True))
+
+    def stop(step: Step) -> None:
+        if step.step == 1:
+            step.stop()
+
+    stopped = pipe(PROMPTS, size=sizes, output="latent", on_step=stop, **options)
+    assert all(torch.equal(a, b) for a, b in zip(seen[1][0], stopped, strict=True))
+
+    def replace_all(step: Step) -> None:
+        if step.step == 3:
+            step.go_on_from([one + 1.0 for one in step.latents()])
+
+    moved = pipe(PROMPTS, size=sizes, output="latent", on_step=replace_all, **options)
+    assert all((a - b - 1.0).abs().max() <= 1e-6 for a, b in zip(moved, last, strict=True))
+    with pytest.raises(UserError, match=r"latents have sizes \[\(64, 64\)\]; expected"):
+        pipe(PROMPTS, size=sizes, on_step=lambda step: step.go_on_from(last[:1]), **options)
+
+
+def test_each_prompt_may_have_its_negative_one(pipe: Pipeline) -> None:
+    options: dict[str, Any] = {"nfe": 3, "output": "tensor"}
+    negatives = [NEGATIVE, ""]
+    both = pipe(PROMPTS, negative_prompt=negatives, seed=[1, 2], **options)
+    for i in range(2):
+        (one,) = pipe(PROMPTS[i], negative_prompt=negatives[i], seed=[i + 1], **options)
+        assert (both[i] - one).abs().max() <= 1e-4
+    with pytest.raises(UserError, match="1 negative prompts for 2 prompts"):
+        pipe(PROMPTS, negative_prompt=[NEGATIVE], **options)
+
+
+def test_a_backbone_is_trained_on_latents(lumina_folder: Path, tmp_path: Path) -> None:
+    """The autoencoder of one model serves another one's training and sampling."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    random = np.random.default_rng(0)
+    for n in range(4):
+        noise = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Pillow.fromarray(noise).save(pictures / f"{n}.png")
+    recipe = Recipe.from_dict(
+        {
+            "out": str(tmp_path / "run"),
+            "modality": "image",
+            "modality_options": {
+                "autoencoder": "kl-image",
+                "autoencoder_options": {"model": str(lumina_folder)},
+            },
+            "dataset": "folder",
+            "dataset_options": {"path": str(pictures), "height": 32, "width": 32},
+            "model": {"width": 16, "layers": 1, "heads": 2},
+            "text_encoder_options": {"text_dim": 16, "heads": 2},
+            "steps": 2,
+            "batch_tokens": 16,
+            "device": "cpu",
+        }
+    )
+    found = Pipeline.from_pretrained(train(recipe), device="cpu")
+    assert found.modality.token_dim == 16
+    (picture,) = found("", nfe=2, size=(48, 64))
+    assert picture.size == (64, 48)
 
 
 def test_a_picture_can_be_begun_from(pipe: Pipeline) -> None:

@@ -18,6 +18,7 @@ from nextdit_core import (
     Guidance,
     Pipeline,
     Recipe,
+    Step,
     Tokens,
     UserError,
     train,
@@ -243,7 +244,7 @@ def test_a_step_can_be_seen_and_the_request_stopped(pipe: Pipeline) -> None:
     counts: list[int] = []
     times: list[float] = []
 
-    def on_step(event: flowsolvers.Reached[Tensor]) -> None:
+    def on_step(event: Step) -> None:
         times.append(event.t)
         if event.step == 2:
             event.stop()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nextdit_core.modality import Modality, Size
     from nextdit_core.pipeline import Pipeline
     from nextdit_core.recipe import Recipe
+    from nextdit_core.step import Step
     from nextdit_core.text_encoders import FrozenTextEncoder, TextEncoder
     from nextdit_core.tokens import Tokens
     from nextdit_core.training.run import train
@@ -45,6 +46,7 @@ _HOMES = {
     "Size": "modality",
     "Pipeline": "pipeline",
     "Recipe": "recipe",
+    "Step": "step",
     "FrozenTextEncoder": "text_encoders",
     "TextEncoder": "text_encoders",
     "Tokens": "tokens",
@@ -74,6 +76,7 @@ __all__ = [
     "Recipe",
     "Runtime",
     "Size",
+    "Step",
     "TextEncoder",
     "Tokens",
     "UserError",

@@ -25,6 +25,7 @@ from nextdit_core.model_folder import is_saved_model
 from nextdit_core.packed_velocity import PackedVelocity
 from nextdit_core.sampling_plan import check_sampling, named_schedule
 from nextdit_core.saved_model import ModelCard, load_model
+from nextdit_core.step import Step
 from nextdit_core.tokens import Tokens
 from nextdit_core.training.draws import generator
 
@@ -115,13 +116,13 @@ class Pipeline:
         solver: str | None = None,
         schedule: str | flowsolvers.Schedule | None = None,
         guidance: float | Guidance | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         extrapolate: Extrapolation | str | None = None,
         context_drop: ContextDrop | str | None = None,
         latents: Sequence[Tensor] | None = None,
         start: float = 0.0,
         output: Literal["media", "tensor", "latent"] = "media",
-        on_step: Callable[[flowsolvers.Reached[Tensor]], object] | None = None,
+        on_step: Callable[[Step], object] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Any]:
         """Sample one medium per prompt, all in one packed batch.
@@ -138,7 +139,7 @@ class Pipeline:
             guidance: Classifier-free guidance scale, 1 is no guidance; or a `Guidance`, for
                 another rule, an interval or chosen channels. A number guides the channels that
                 the model's card says, a `Guidance` those that it says itself.
-            negative_prompt: What guidance leads away from.
+            negative_prompt: What guidance leads away from; one for all, or one per prompt.
             extrapolate: For sizes beyond the trained one: an `Extrapolation`, or its method, such
                 as "time-aware"; None takes positions as they are.
             context_drop: Attend to averages of tokens early in sampling, such as
@@ -150,8 +151,8 @@ class Pipeline:
                 strength.
             output: "media"; "tensor", the numbers of media, such as pixels in [-1, 1], unrounded;
                 or "latent", to leave out the decoding.
-            on_step: Called with a `flowsolvers.Reached` at each step's end; its x are packed
-                tokens, and it can stop.
+            on_step: Called with a `Step` at each step's end: the latents, a preview, and a way
+                to stop.
             progress: Called at each step's end with the number of evaluations so far.
 
         Returns:
@@ -165,6 +166,13 @@ class Pipeline:
             raise UserError("no prompt given; give at least one")
         if output not in ("media", "tensor", "latent"):
             raise UserError(f"output is {output!r}; expected 'media', 'tensor' or 'latent'")
+        alone = isinstance(negative_prompt, str)
+        negatives = [negative_prompt] * len(prompts) if alone else list(negative_prompt)
+        if len(negatives) != len(prompts):
+            raise UserError(
+                f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one "
+                f"each"
+            )
         sizes = self._sizes(size, latents, len(prompts))
         seeds = _seeds(seed, len(prompts))
         sampling = self.card.sampling
@@ -184,7 +192,7 @@ class Pipeline:
         noise = self._noise(sizes, seeds)
         begin = self._begin(noise, latents, start)
         velocity = self._velocity(
-            prompts, noise, guided, negative_prompt, drop or ContextDrop(()), options
+            prompts, noise, guided, negatives, drop or ContextDrop(()), options
         )
         result = flowsolvers.solve(
             velocity,
@@ -193,7 +201,7 @@ class Pipeline:
             solver=solve["solver"],
             schedule=named_schedule(solve["schedule"]),
             start=start,
-            on_step=_told(on_step, progress),
+            on_step=self._told(on_step, progress, noise, sizes),
         )
         samples = noise.with_values(result.x).split()
         found = [
@@ -267,7 +275,7 @@ class Pipeline:
         prompts: Sequence[str],
         noise: Tokens,
         guidance: Guidance,
-        negative_prompt: str,
+        negatives: Sequence[str],
         drop: ContextDrop,
         options: Mapping[str, Any],
     ) -> flowsolvers.Velocity:
@@ -276,7 +284,7 @@ class Pipeline:
         guided = guidance.guides and encoder is not None
         condition: Conditioning | None = None
         if encoder is not None:
-            asked = [*prompts, *[negative_prompt] * len(prompts)] if guided else prompts
+            asked = [*prompts, *negatives] if guided else prompts
             condition = encoder(asked)
         prepared = backbone.prepare(condition)
         alone = PackedVelocity(backbone, prepared.first(noise.batch), noise, drop, options)
@@ -288,21 +296,24 @@ class Pipeline:
             both, alone, noise.lengths, modality.token_dim, modality.latent_channels
         )
 
+    def _told(
+        self,
+        on_step: Callable[[Step], object] | None,
+        progress: Callable[[int], None] | None,
+        layout: Tokens,
+        sizes: Sequence[Size],
+    ) -> Callable[[flowsolvers.Reached[Tensor]], object] | None:
+        """Tell both of a step's end."""
+        if on_step is None and progress is None:
+            return None
 
-def _told(
-    on_step: Callable[[flowsolvers.Reached[Tensor]], object] | None,
-    progress: Callable[[int], None] | None,
-) -> Callable[[flowsolvers.Reached[Tensor]], object] | None:
-    """Tell both of a step's end."""
-    if progress is None:
-        return on_step
+        def tell(reached: flowsolvers.Reached[Tensor]) -> None:
+            if progress is not None:
+                progress(reached.evaluations)
+            if on_step is not None:
+                on_step(Step(reached, layout, self.modality, sizes))
 
-    def tell(event: flowsolvers.Reached[Tensor]) -> None:
-        progress(event.evaluations)
-        if on_step is not None:
-            on_step(event)
-
-    return tell
+        return tell
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:
