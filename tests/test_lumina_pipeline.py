@@ -7,9 +7,11 @@ axes (`by="area"`), no size below the trained one (which diffusers interpolates 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -294,6 +296,54 @@ def test_steps_can_be_looked_at_replaced_and_stopped(pipe: Pipeline) -> None:
         pipe(PROMPTS, size=sizes, on_step=lambda step: step.go_on_from(last[:1]), **options)
 
 
+def test_a_request_can_be_streamed_and_left(
+    pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"nfe": 5, "solver": "pec2", "schedule": "shift:4", "seed": [1, 2]}
+    sizes = [(64, 64), (32, 48)]
+    seen: list[list[Tensor]] = []
+    expected = pipe(
+        PROMPTS, size=sizes, output="latent", on_step=lambda s: seen.append(s.latents()), **options
+    )
+    steps = []
+    for step in pipe.stream(PROMPTS, size=sizes, **options):
+        steps.append(step.step)
+        assert all(torch.equal(a, b) for a, b in zip(step.latents(), seen[step.step], strict=True))
+    assert steps == list(range(len(seen)))
+    assert step.t == 1.0
+    assert all(torch.equal(a, b) for a, b in zip(step.data(), expected, strict=True))
+    (first, second) = step.preview()
+    assert first.tobytes() == pipe.modality.decode(expected[0]).tobytes()
+    assert second.size == (48, 32)
+
+    before = threading.active_count()
+    calls: list[int] = []
+    forward = pipe.model.backbone.forward
+
+    def counted(*arguments: Any, **others: Any) -> Tensor:
+        calls.append(1)
+        return forward(*arguments, **others)
+
+    monkeypatch.setattr(pipe.model.backbone, "forward", counted)
+    for step in pipe.stream(PROMPTS, nfe=5, solver="euler"):
+        if step.step == 1:
+            break
+    del step
+    gc.collect()
+    assert len(calls) == 2
+    assert threading.active_count() == before
+    rest = [
+        step.step
+        for step in pipe.stream(PROMPTS, nfe=5, solver="euler")
+        if not (step.step == 2 and step.stop())
+    ]
+    assert rest == [0, 1, 2]
+    with pytest.raises(UserError, match="accepted, closest first: euler"):
+        next(pipe.stream(PROMPTS, solver="eulre"))
+    with pytest.raises(UserError, match="stream takes no output"):
+        pipe.stream(PROMPTS, output="latent")
+
+
 def test_each_prompt_may_have_its_negative_one(pipe: Pipeline) -> None:
     options: dict[str, Any] = {"nfe": 3, "output": "tensor"}
     negatives = [NEGATIVE, ""]
@@ -398,6 +448,33 @@ def test_a_backbone_alone_is_told_its_other_parts(
     options |= {"solver": "euler", "schedule": "shift:4"}
     assert torch.equal(found(PROMPTS[0], **options)[0], pipe(PROMPTS[0], **options)[0])
     assert found.card.sampling["schedule"] == "shift:4"  # the authors' own
+    if layout == "authors":
+        file = next(alone.glob("consolidated*"))
+        parts = {"text_encoder": lumina_folder, "autoencoder": lumina_folder}
+        same = Pipeline.from_pretrained(file, device="cpu", **parts)
+        assert torch.equal(same(PROMPTS[0], **options)[0], found(PROMPTS[0], **options)[0])
+
+
+def test_what_was_put_together_is_saved_as_one(
+    lumina_folder: Path, pipe: Pipeline, tmp_path: Path
+) -> None:
+    pipe.save_pretrained(tmp_path / "saved")
+    again = Pipeline.from_pretrained(tmp_path / "saved", device="cpu")
+    options: dict[str, Any] = {"nfe": 3, "output": "tensor"}
+    assert torch.equal(again(PROMPTS[0], **options)[0], pipe(PROMPTS[0], **options)[0])
+    assert again.guidance() == pipe.guidance() == Guidance(4.0, channels=(0, 1, 2))
+    assert again.card.step is None
+    with pytest.raises(UserError, match="exists already"):
+        pipe.save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match="leave out text_encoder"):
+        Pipeline.from_pretrained(tmp_path / "saved", text_encoder=lumina_folder)
+
+
+def test_the_released_name_of_the_pipeline_is_read(lumina_folder: Path, pipe: Pipeline) -> None:
+    """diffusers has dropped that name, which the released folder still has."""
+    _edit(lumina_folder / "model_index.json", _class_name="LuminaText2ImgPipeline")
+    found = Pipeline.from_pretrained(lumina_folder, device="cpu")
+    assert torch.equal(found("", nfe=2, output="tensor")[0], pipe("", nfe=2, output="tensor")[0])
 
 
 def _edit(file: Path, **changes: Any) -> None:

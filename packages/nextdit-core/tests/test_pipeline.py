@@ -111,6 +111,29 @@ def test_chosen_channels_are_guided_and_others_follow_the_condition(
     assert (both[0] - noise - found).abs().max() <= 1e-5
 
 
+def test_a_scale_may_follow_the_time(pipe: Pipeline) -> None:
+    """By 5 and then by 2: as a request guided by 2 that is put where one guided by 5 was."""
+    times: list[float] = []
+
+    def scale(t: float) -> float:
+        times.append(t)
+        return 5.0 if t < 0.5 else 2.0
+
+    options = OPTIONS | {"solver": "euler", "output": "latent"}
+    (found,) = pipe("up", guidance=Guidance(scale), **options)
+    assert times == pytest.approx([i / 6 for i in range(6)])
+    states: list[list[Tensor]] = []
+    pipe("up", guidance=5.0, on_step=lambda step: states.append(step.latents()), **options)
+
+    def put(step: Step) -> None:
+        if step.step == 2:
+            step.go_on_from(states[2])
+
+    (expected,) = pipe("up", guidance=2.0, on_step=put, **options)
+    assert (found - expected).abs().max() <= 1e-6
+    assert (found - states[-1][0]).abs().max() > 1e-3
+
+
 def test_a_number_guides_the_channels_of_the_card(pipe: Pipeline) -> None:
     sampling = {**pipe.card.sampling, "guidance_channels": [0]}
     some = replace(pipe, card=replace(pipe.card, sampling=sampling))

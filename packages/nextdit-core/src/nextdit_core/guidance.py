@@ -24,7 +24,8 @@ class Guidance:
     """Guidance away from the empty or the negative prompt.
 
     Args:
-        scale: 1 is no guidance, and the model is then called once an evaluation.
+        scale: 1 is no guidance, and the model is then called once an evaluation; or a function of
+            t, which is then called with a float in [0, 1], 0 = noise.
         rule: "cfg", "cfg-zero*", "apg", "renorm", "renorm-clip", or a function as
             `flowsolvers.guided` takes it, such as `flowsolvers.APG(eta=0.1)`.
         interval: First and last time of guidance in [0, 1], 0 = noise; outside, the model is
@@ -40,7 +41,7 @@ class Guidance:
     True
     """
 
-    scale: float = 4.0
+    scale: float | Callable[[float], float] = 4.0
     rule: str | Rule = "cfg"
     interval: tuple[float, float] = (0.0, 1.0)
     zero_until: float = 0.0

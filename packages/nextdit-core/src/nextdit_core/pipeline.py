@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from torch import Tensor
@@ -18,16 +18,20 @@ from nextdit_core.engines.local import pick_device
 from nextdit_core.errors import UserError
 from nextdit_core.extrapolation import Extrapolation
 from nextdit_core.flow_model import FlowModel
+from nextdit_core.folder import new_folder
 from nextdit_core.guidance import Guidance
 from nextdit_core.lumina_pipeline import load_lumina
 from nextdit_core.modality import Modality, Size
 from nextdit_core.model_folder import is_saved_model
 from nextdit_core.packed_velocity import PackedVelocity
 from nextdit_core.sampling_plan import check_sampling, named_schedule
-from nextdit_core.saved_model import ModelCard, load_model
-from nextdit_core.step import Step
+from nextdit_core.saved_model import ModelCard, load_model, write_model
+from nextdit_core.step import Step, stream
 from nextdit_core.tokens import Tokens
 from nextdit_core.training.draws import generator
+
+if TYPE_CHECKING:
+    from nextdit_core.text_encoders import TextEncoder
 
 __all__ = ["Pipeline"]
 
@@ -99,6 +103,26 @@ class Pipeline:
                 f"{path} is a saved model with parts of its own; leave out {' and '.join(asked)}"
             )
         return cls(*load_model(place, pick_device(device), dtype))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a folder that `from_pretrained` reads: a saved model of this package.
+
+        What was put together from several places, such as the authors' backbone, a language model
+        and an autoencoder, is then found at one. Frozen parts keep their names and options and
+        stay where they are.
+
+        Args:
+            path: Where it shall stand; it must not exist.
+
+        Raises:
+            UserError: The place is taken or not writable, or the disk is full.
+        """
+        encoder, config = self.model.text_encoder, self.model.backbone.config
+        card = replace(self.card, modality_options=self.modality.options)
+        if encoder is not None:
+            card = replace(card, text_encoder_options=cast("TextEncoder", encoder).options)
+        with new_folder(Path(path)) as folder:
+            write_model(folder, self.model.state_dict(), config, card)
 
     @property
     def device(self) -> torch.device:
@@ -212,6 +236,29 @@ class Pipeline:
             return found
         decode = self.modality.decode if output == "media" else self.modality.decode_tensor
         return [decode(one) for one in found]
+
+    def stream(self, prompt: str | Sequence[str], **request: Any) -> Iterator[Step]:
+        """Sample step by step: `for step in pipe.stream(prompt): show(step.preview()[0])`.
+
+        Args:
+            prompt: One or several.
+            request: The other arguments of a call, but `output` and `on_step`.
+
+        Returns:
+            An iterator over each step's end, the last at t = 1, where `preview()` is the media
+            and `data()` the latents that a call would return. Leaving the loop stops the request,
+            and so does `step.stop()`.
+
+        Raises:
+            UserError: From the first step on: see a call.
+        """
+        taken = [name for name in ("output", "on_step") if name in request]
+        if taken:
+            raise UserError(
+                f"stream takes no {' or '.join(taken)}: each step has latents(), data() and "
+                f"preview()"
+            )
+        return stream(lambda look: self(prompt, output="latent", on_step=look, **request))
 
     def guidance(self, scale: float | None = None, **settings: Any) -> Guidance:
         """Guide as the model's card says, unless told otherwise.

@@ -108,8 +108,8 @@ def write_model(
         folder / "README.md",
         f"---\nlibrary_name: nextdit\ntags: [{card.modality}, next-dit, flow-matching]\n---\n\n"
         f"# A Next-DiT model for {card.modality}\n\n"
-        f"{sum(tensor.numel() for tensor in weights.values()):,} parameters, "
-        f"{card.step} training steps.\n\n"
+        f"{sum(tensor.numel() for tensor in weights.values()):,} parameters"
+        f"{'' if card.step is None else f', {card.step} training steps'}.\n\n"
         "```python\nfrom nextdit_core import Pipeline\n\n"
         f'media = Pipeline.from_pretrained("path/of/this/folder")({prompt!r}, seed=0)\n```\n\n'
         "Architecture: Lumina-Next, arXiv 2406.18583.\n",
@@ -141,7 +141,7 @@ def read_card(folder: Path) -> ModelCard:
         text_encoder=_entry(folder, encoder, "name", str),
         text_encoder_options=_entry(folder, encoder, "options", dict),
         sampling=_entry(folder, values, "sampling", dict),
-        step=_entry(folder, values, "step", int),
+        step=None if values.get("step", 0) is None else _entry(folder, values, "step", int),
         example_prompts=[str(prompt) for prompt in prompts],
     )
 

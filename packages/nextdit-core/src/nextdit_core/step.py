@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from nextdit_core.errors import UserError
 from nextdit_core.modality import Modality, Size
 from nextdit_core.tokens import Tokens
 
-__all__ = ["Step"]
+__all__ = ["Step", "stream"]
 
 
 class Step:
@@ -52,8 +54,11 @@ class Step:
         return self._latents(self._reached.x)
 
     def data(self) -> list[Tensor]:
-        """Give the latent that each sample is on its way to, x + (1 - t)·v: at no cost."""
-        return self._latents(self._reached.data())
+        """Give the latent that each sample is on its way to, x + (1 - t)·v: at no cost.
+
+        x, t and v are those of the latest evaluation; at t = 1 it is the sample itself.
+        """
+        return self.latents() if self.t == 1.0 else self._latents(self._reached.data())
 
     def preview(self) -> list[Any]:
         """Decode `data()`, for a look on the way; a large autoencoder takes its time."""
@@ -77,3 +82,50 @@ class Step:
     def _latents(self, x: Tensor) -> list[Tensor]:
         parts = zip(self._layout.with_values(x).split(), self._sizes, strict=True)
         return [self._modality.detokenize(part.float().cpu(), size) for part, size in parts]
+
+
+def stream(run: Callable[[Callable[[Step], object]], object]) -> Iterator[Step]:
+    """Turn a request that calls at each step's end into an iterator over the steps.
+
+    The request runs in a thread of its own and waits while its caller looks at a step. Leaving the
+    loop stops it.
+
+    Args:
+        run: The request; it is given what to call.
+
+    Yields:
+        Each step.
+
+    Raises:
+        Exception: What the request raised.
+    """
+    reached: SimpleQueue[Step | BaseException | None] = SimpleQueue()
+    looked_at = threading.Semaphore(0)
+    left = threading.Event()
+
+    def on_step(step: Step) -> None:
+        reached.put(step)
+        looked_at.acquire()
+        if left.is_set():
+            step.stop()
+
+    def work() -> None:
+        try:
+            run(on_step)
+        except BaseException as error:  # raised again where the caller is
+            reached.put(error)
+        else:
+            reached.put(None)
+
+    thread = threading.Thread(target=work, name="nextdit-stream", daemon=True)
+    thread.start()
+    try:
+        while (event := reached.get()) is not None:
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+            looked_at.release()
+    finally:
+        left.set()
+        looked_at.release()
+        thread.join()
