@@ -669,9 +669,33 @@ def test_every_setting_of_the_command_line_is_that_of_the_pipeline(
     assert len(seen) == len(settings) + 1  # every setting changed the picture, each its own way
 
 
+def test_the_command_line_begins_from_a_picture(
+    lumina_folder: Path, nextdit: Callable[..., Any], tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 100, 3), dtype=np.uint8)
+    Pillow.fromarray(pixels).save(tmp_path / "photo.png")
+    pipe = Pipeline.from_pretrained(lumina_folder, device="cpu")
+    arguments = ("sample", str(lumina_folder), "fox", "--nfe", "3", "--device", "cpu")
+    arguments += ("--begin-from", "photo.png", "--out", "x.png")
+    for words, size, start in (
+        ((), (64, 96), 0.4),
+        (("--size", "32x48", "--start", "0.7"), (32, 48), 0.7),
+    ):
+        run = nextdit(*arguments, *words)
+        assert run.returncode == 0, run.stderr
+        latent = pipe.modality.encode(pipe.modality.read(tmp_path / "photo.png", size))
+        (expected,) = pipe("fox", latents=[latent], start=start, nfe=3, seed=[0])
+        with Pillow.open(tmp_path / "x.png") as found:
+            assert found.size == size[::-1]
+            assert np.array_equal(np.asarray(found), np.asarray(expected))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--start", "0.4"], "--start needs --begin-from FILE"),
+        (["--begin-from", "none.png"], "cannot read picture none.png"),
+        (["--begin-from", "none.png", "--start", "0"], "--start is 0.0; expected above 0"),
         (["--guidance-channels", "0,4"], "latents have 4: expected 0 to 3"),
         (["--guidance-channels", "red"], "expected numbers such as 0,1,2, or all"),
         (["--guidance-from", "0.7", "--guidance-until", "0.2"], "interval"),

@@ -12,6 +12,7 @@ from PIL import Image as Pillow
 from torch import Tensor
 
 import rope3d
+from modality_image.picture import fitted, read_picture
 from modality_image.sheet import contact_sheet
 from nextdit_core import Autoencoder, Modality, Size, UserError
 from nextdit_core.autoencoder import load_autoencoder
@@ -114,6 +115,24 @@ class Image(Modality):
         """Give the pixels of a latent, `[1 or 3, height, width]` in [-1, 1]."""
         pixels = latent if self.autoencoder is None else self.autoencoder.decode(latent)
         return pixels.clamp(-1.0, 1.0)
+
+    def read(self, path: Path, size: Size | None = None) -> Pillow.Image:
+        """Read a picture, scaled and cut around its centre to a size.
+
+        Args:
+            path: A file that Pillow can read.
+            size: (height, width) in pixels; the picture's own when None, less what is not a
+                multiple of the patch.
+
+        Raises:
+            UserError: It is no picture, it is smaller than a patch, or the size cannot be made.
+        """
+        picture = read_picture(path)
+        side = self.patch_size * self.stride
+        if size is None:
+            size = tuple(extent - extent % side for extent in (picture.height, picture.width))
+        self._patches(size)
+        return fitted(picture, *size)
 
     def size(self, latent: Tensor) -> Size:
         """Read (height, width) in pixels."""

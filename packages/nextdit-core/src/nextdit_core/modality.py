@@ -29,7 +29,7 @@ class Modality(Protocol):
 
     Inheriting from this class brings all that media need that are their own latent, on the CPU:
     `encode`, `decode` and `decode_tensor` that return what they are given, `to` that does
-    nothing, and a `latent_channels`.
+    nothing, a `latent_channels`, and a `read` that refuses.
 
     Attributes:
         axes: Position axes in use: 1, 2 or 3 (see `NextDiTConfig.axes`).
@@ -65,6 +65,14 @@ class Modality(Protocol):
     def decode_tensor(self, latent: Tensor) -> Tensor:
         """Turn one latent into the numbers of its medium, such as pixels in [-1, 1], unrounded."""
         return latent
+
+    def read(self, path: Path, size: Size | None = None) -> Any:
+        """Read one medium from a file, fitted to a size, or to the nearest that can be made.
+
+        Raises:
+            UserError: The file cannot be read, or this modality reads none.
+        """
+        raise UserError(f"cannot read {path}: {type(self).__name__} reads no files")
 
     def size(self, latent: Tensor) -> Size:
         """Read the size of a latent."""
@@ -102,6 +110,7 @@ REQUIRED = (
     "encode",
     "decode",
     "decode_tensor",
+    "read",
     "size",
     "positions",
     "tokenize",

@@ -12,6 +12,8 @@ import click
 from nextdit_core.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nextdit_core.extrapolation import Extrapolation
     from nextdit_core.pipeline import Pipeline
 
@@ -72,6 +74,17 @@ __all__ = ["sample"]
     show_default=True,
     help="Attend to averages early on, such as 0.5:2: until t = 0.5, of 2x2 tokens.",
 )
+@click.option(
+    "--begin-from",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="A file, such as a picture, to which noise is added; fitted to --size where given.",
+)
+@click.option(
+    "--start",
+    type=float,
+    help="For --begin-from: the time to begin at, in (0, 1); 0.4. 1 - start is the strength.",
+)
 @click.option("--batch", default=64, show_default=True, help="Samples computed together.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
 @click.option(
@@ -107,6 +120,8 @@ def sample(
     watershed: float | None,
     proportional: bool | None,
     context_drop: str,
+    begin_from: Path | None,
+    start: float | None,
     batch: int,
     device: str,
     dtype: str,
@@ -133,6 +148,11 @@ def sample(
     for name, value in (("--count", count), ("--batch", batch), ("--nfe", nfe)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; expected at least 1")
+    if start is not None and begin_from is None:
+        raise UserError("--start needs --begin-from FILE, to which the noise is added")
+    start = 0.0 if begin_from is None else 0.4 if start is None else start
+    if begin_from is not None and not 0.0 < start < 1.0:
+        raise UserError(f"--start is {start}; expected above 0, noise alone, and below 1, the file")
     drop = ContextDrop.parse(context_drop)
     prompts = _prompts(prompt)
     extent = _size("--size", size)
@@ -162,7 +182,10 @@ def sample(
     )
     defaults = pipe.card.sampling
     check_sampling(
-        solver or defaults["solver"], schedule or defaults["schedule"], nfe or defaults["nfe"]
+        solver or defaults["solver"],
+        schedule or defaults["schedule"],
+        nfe or defaults["nfe"],
+        start=start,
     )
     guided = pipe.guidance(guidance, **rule)
     if extent is not None:
@@ -180,8 +203,12 @@ def sample(
     ]
     if not single:
         jobs = [job for job in jobs if not (target / _file(*job, suffix)).exists()]
+    latent = None
+    if begin_from is not None:
+        latent, extent = pipe.modality.encode(pipe.modality.read(begin_from, extent)), None
     options: dict[str, Any] = {
         "size": extent,
+        "start": start,
         "nfe": nfe,
         "solver": solver,
         "schedule": schedule,
@@ -190,7 +217,7 @@ def sample(
         "negative_prompt": negative_prompt,
         "context_drop": drop,
     }
-    written = _draw(pipe, jobs, batch, options, target, single)
+    written = _draw(pipe, jobs, batch, latent, options, target, single)
     skipped = count * len(prompts) - len(jobs)
     note = f" ({skipped} were there before)" if skipped else ""
     click.echo(f"wrote {written} sample{'s' * (written != 1)} to {target}{note}")
@@ -200,6 +227,7 @@ def _draw(
     pipe: Pipeline,
     jobs: Sequence[tuple[str, int, int]],
     batch: int,
+    latent: Tensor | None,
     options: dict[str, Any],
     target: Path,
     single: bool,
@@ -213,7 +241,13 @@ def _draw(
     with Progress("sampling", len(jobs), unit="sample") as progress:
         for begin in range(0, len(jobs), batch):
             some = jobs[begin : begin + batch]
-            made = pipe([job[0] for job in some], seed=[job[1] for job in some], **options)
+            latents = None if latent is None else [latent] * len(some)
+            made = pipe(
+                [job[0] for job in some],
+                seed=[job[1] for job in some],
+                latents=latents,
+                **options,
+            )
             progress.to(begin + len(some))
             if single:
                 media += made
