@@ -442,7 +442,10 @@ def test_a_backbone_alone_is_told_its_other_parts(
     with pytest.raises(UserError, match=r"such as autoencoder='stabilityai/sdxl-vae'$"):
         Pipeline.from_pretrained(alone, text_encoder=lumina_folder)
     found = Pipeline.from_pretrained(
-        alone, text_encoder=lumina_folder, autoencoder=lumina_folder / "vae", device="cpu"
+        alone,
+        text_encoder=lumina_folder / "text_encoder",  # whose tokenizer is beside it
+        autoencoder=lumina_folder / "vae",
+        device=torch.device("cpu"),
     )
     options: dict[str, Any] = {"size": (64, 64), "nfe": 4, "output": "tensor", "seed": 1}
     options |= {"solver": "euler", "schedule": "shift:4"}
@@ -592,6 +595,18 @@ def test_a_pipeline_of_the_hub_is_downloaded_as_far_as_it_is_read(
     assert torch.equal(found("axe", **options)[0], expected("axe", **options)[0])
     assert not list((tmp_path / "cache").rglob("*.bin"))
     assert not list((tmp_path / "cache").rglob("*.png"))
+
+    # What will be refused is not downloaded: another pipeline, or a backbone without its parts.
+    shutil.rmtree(tmp_path / "cache")
+    _edit(lumina_folder / "model_index.json", _class_name="FluxPipeline")
+    with pytest.raises(UserError, match="is a pipeline of class FluxPipeline"):
+        Pipeline.from_pretrained("someone/lumina")
+    assert [file.name for file in (tmp_path / "cache").rglob("*")] == ["model_index.json"]
+    shutil.rmtree(tmp_path / "cache")
+    (lumina_folder / "model_index.json").unlink()
+    with pytest.raises(UserError, match="is no saved nextdit model and no diffusers pipeline"):
+        Pipeline.from_pretrained("someone/lumina", autoencoder="stabilityai/sdxl-vae")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_command_line_samples_and_describes_a_pipeline(

@@ -18,6 +18,7 @@ import torch
 
 from nextdit_core.autoencoder import load_autoencoder
 from nextdit_core.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from nextdit_core.checkpoints.hub import PIPELINE_CLASSES
 from nextdit_core.checkpoints.load import read_backbone
 from nextdit_core.checkpoints.recognise import Layout
 from nextdit_core.errors import UserError
@@ -32,8 +33,6 @@ __all__ = ["INDEX", "LuminaPipeline", "load_lumina", "open_lumina"]
 INDEX = "model_index.json"
 #: What a folder with a backbone holds some of.
 BACKBONE = ("*.safetensors", "*.safetensors.index.json", "*.pth", "*.pt", "*.bin", "transformer")
-#: The second is what it was called when the weights were released.
-PIPELINES = ("LuminaPipeline", "LuminaText2ImgPipeline")
 LUMINA_2 = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
 TRANSFORMER = "LuminaNextDiT2DModel"
 AUTOENCODER = "AutoencoderKL"
@@ -218,10 +217,10 @@ def _check_index(path: Path, given: Mapping[str, object]) -> None:
             f"{path} is a Lumina-2 (Lumina-Image-2.0) pipeline, another network (joint attention "
             f"over text and image); use diffusers' Lumina2Pipeline"
         )
-    if name not in PIPELINES:
+    if name not in PIPELINE_CLASSES:
         raise UserError(
-            f"{path} is a pipeline of class {name}; expected diffusers' {PIPELINES[0]}, which "
-            f"Lumina-Next is"
+            f"{path} is a pipeline of class {name}; expected diffusers' {PIPELINE_CLASSES[0]}, "
+            f"which Lumina-Next is"
         )
     for folder, argument in FOLDERS.items():
         if not (path / folder).is_dir() and (argument is None or given[argument] is None):

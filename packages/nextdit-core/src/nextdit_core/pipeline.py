@@ -58,11 +58,15 @@ class Pipeline:
         cls,
         path: str | Path,
         *,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         dtype: torch.dtype = torch.float32,
         text_encoder: str | Path | None = None,
         autoencoder: str | Path | None = None,
         ema: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> Self:
         """Load a saved model, or Lumina-Next as others save it: text encoder, backbone, modality.
 
@@ -81,6 +85,10 @@ class Pipeline:
                 likewise: "stabilityai/sdxl-vae". Either may be a whole pipeline, of which that
                 part is taken.
             ema: Take the authors' averaged weights.
+            revision: Branch, tag or commit on the hub.
+            token: Access token of the hub; True takes the stored one.
+            cache_dir: Where downloads are kept.
+            local_files_only: Take what was downloaded before.
 
         Returns:
             The pipeline. Of Lumina-Next it guides as the authors do, by 4 and the first three of
@@ -92,17 +100,26 @@ class Pipeline:
                 that is not installed; a pipeline is of another class (Lumina-2 is named), lacks a
                 part or has parts that do not fit one another; or a backbone came alone.
         """
-        place = local_path(path, pipeline=True, ema=ema)
+        place = local_path(
+            path,
+            pipeline=True,
+            alone=text_encoder is not None and autoencoder is not None,
+            ema=ema,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
         given = {"text_encoder": text_encoder, "autoencoder": autoencoder}
         if not is_saved_model(place):
-            found = load_lumina(place, pick_device(device), dtype, ema=ema, **given)
+            found = load_lumina(place, pick_device(str(device)), dtype, ema=ema, **given)
             return cls(*found)
         asked = [name for name, value in given.items() if value is not None] + ["ema"] * ema
         if asked:
             raise UserError(
                 f"{path} is a saved model with parts of its own; leave out {' and '.join(asked)}"
             )
-        return cls(*load_model(place, pick_device(device), dtype))
+        return cls(*load_model(place, pick_device(str(device)), dtype))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that `from_pretrained` reads: a saved model of this package.

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from nextdit_core.errors import UserError
+from nextdit_core.folder import read_object
 from nextdit_core.model_folder import CARD
 
-__all__ = ["local_path", "push_folder"]
+__all__ = ["PIPELINE_CLASSES", "local_path", "push_folder"]
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-#: What a diffusers pipeline of Lumina-Next needs besides.
+#: Classes of diffusers' pipelines of Lumina-Next; the second is that of the released weights.
+PIPELINE_CLASSES = ("LuminaPipeline", "LuminaText2ImgPipeline")
+#: What is read of one.
 PIPELINE = [
     "model_index.json",
     *("transformer/config.json", "transformer/*.safetensors*"),
-    *("vae/config.json", "vae/diffusion_pytorch_model*.safetensors"),
+    *("vae/config.json", "vae/diffusion_pytorch_model*.safetensors*"),
     *("text_encoder/*.json", "text_encoder/model*.safetensors"),
     *("tokenizer/*", "scheduler/*"),
 ]
@@ -39,6 +42,7 @@ def local_path(
     *,
     ema: bool = False,
     pipeline: bool = False,
+    alone: bool = True,
     patterns: Sequence[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -51,8 +55,10 @@ def local_path(
     Args:
         path: A path, or OWNER/NAME.
         ema: Take the authors' averaged weights instead of the raw ones.
-        pipeline: Take all files of a saved model, of a diffusers pipeline those that are read,
-            and of anything else what a backbone needs.
+        pipeline: Take all files of a saved model, of a diffusers pipeline of Lumina-Next those
+            that are read, of another pipeline its index, and of anything else what a backbone
+            needs.
+        alone: Whether a backbone alone will do for a pipeline.
         patterns: Take these files and no others.
         revision: Branch, tag or commit.
         token: Access token; True takes the stored one.
@@ -92,9 +98,19 @@ def local_path(
             first = download([CARD, "model_index.json"])
             if (first / CARD).is_file():
                 return download(None)
-            if (first / "model_index.json").is_file():
-                return download(PIPELINE)
+            index = first / "model_index.json"
+            if index.is_file():
+                known = read_object(index).get("_class_name") in PIPELINE_CLASSES
+                return download(PIPELINE) if known else first
+            if not alone:
+                raise UserError(
+                    f"{path} on the Hugging Face hub is no saved nextdit model and no diffusers "
+                    f"pipeline; of a backbone alone, such as the authors' Lumina-Next, say where "
+                    f"its other parts are: text_encoder=, autoencoder="
+                )
         return download([*PATTERNS, consolidated])
+    except UserError:
+        raise
     except Exception as error:  # the network, the disk, the licence of a repository ...
         said = " ".join(str(error).split())[:300]
         raise UserError(
