@@ -451,11 +451,20 @@ def test_a_backbone_alone_is_told_its_other_parts(
     options |= {"solver": "euler", "schedule": "shift:4"}
     assert torch.equal(found(PROMPTS[0], **options)[0], pipe(PROMPTS[0], **options)[0])
     assert found.card.sampling["schedule"] == "shift:4"  # the authors' own
-    if layout == "authors":
-        file = next(alone.glob("consolidated*"))
-        parts = {"text_encoder": lumina_folder, "autoencoder": lumina_folder}
-        same = Pipeline.from_pretrained(file, device="cpu", **parts)
-        assert torch.equal(same(PROMPTS[0], **options)[0], found(PROMPTS[0], **options)[0])
+    _sixteen_channels(lumina_folder)
+    with pytest.raises(UserError, match=r"4 channels in patches of 2x2, .* of 16 channels"):
+        Pipeline.from_pretrained(alone, text_encoder=lumina_folder, autoencoder=lumina_folder)
+
+
+def test_a_single_file_of_the_authors_is_a_backbone(
+    lumina_folder: Path, pipe: Pipeline, tmp_path: Path
+) -> None:
+    NextDiT.from_pretrained(lumina_folder).save_pretrained(tmp_path / "alone", layout="authors")
+    (file,) = (tmp_path / "alone").glob("consolidated*")
+    parts = {"text_encoder": lumina_folder, "autoencoder": lumina_folder}
+    found = Pipeline.from_pretrained(file, device="cpu", **parts)
+    options: dict[str, Any] = {"size": (64, 64), "nfe": 3, "schedule": "uniform"}
+    assert found("", **options)[0].tobytes() == pipe("", **options)[0].tobytes()
 
 
 def test_what_was_put_together_is_saved_as_one(

@@ -20,7 +20,6 @@ from nextdit_core.autoencoder import load_autoencoder
 from nextdit_core.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nextdit_core.checkpoints.hub import PIPELINE_CLASSES
 from nextdit_core.checkpoints.load import read_backbone
-from nextdit_core.checkpoints.recognise import Layout
 from nextdit_core.errors import UserError
 from nextdit_core.flow_model import FlowModel
 from nextdit_core.folder import read_object
@@ -37,15 +36,11 @@ LUMINA_2 = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
 TRANSFORMER = "LuminaNextDiT2DModel"
 AUTOENCODER = "AutoencoderKL"
 SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-#: Settings of a scheduler that bend its grid otherwise, and what they must be.
-UNBENT: Mapping[str, Any] = {
-    "use_dynamic_shifting": False,
-    "shift_terminal": None,
-    "invert_sigmas": False,
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-}
+#: Settings of a scheduler that bend its grid otherwise.
+BENDS = (
+    *("use_dynamic_shifting", "shift_terminal", "invert_sigmas"),
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"),
+)
 #: Folders of a pipeline, and the argument that stands in for one that is missing.
 FOLDERS = {
     "transformer": None,
@@ -171,15 +166,13 @@ def _card(
 ) -> ModelCard:
     options = {"model": autoencoder}
     latent = load_autoencoder("kl-image", options).latent
-    token_dim = checkpoint.config.token_dim
-    own = checkpoint.layout is Layout.OWN  # which knows no patches
-    patch = math.isqrt(token_dim // latent.channels) if own else checkpoint.patch_size
-    if latent.channels * patch**2 != token_dim:
-        expected = f"of {token_dim // patch**2} channels in patches of {patch}x{patch}"
+    patch = checkpoint.patch_size
+    channels = checkpoint.config.token_dim / patch**2
+    if channels != latent.channels:
         raise UserError(
-            f"{path} takes latents {'in tokens of ' + str(token_dim) if own else expected}, and "
-            f"the autoencoder {autoencoder} makes latents of {latent.channels} channels; give the "
-            f"one that the backbone was trained with"
+            f"{path} takes latents of {channels:g} channels in patches of {patch}x{patch}, and the "
+            f"autoencoder {autoencoder} makes latents of {latent.channels} channels; give the one "
+            f"that the backbone was trained with"
         )
     side = checkpoint.sample_size * latent.strides[0]
     sampling: dict[str, Any] = {
@@ -246,11 +239,11 @@ def _scheduler(file: Path) -> tuple[str, float]:
             f"{file} is of a {name}; expected {' or '.join(SCHEDULERS)}: Lumina-Next is a flow "
             f"model, and other schedulers follow other paths from noise to data"
         )
-    for key, neutral in UNBENT.items():
-        if values.get(key, neutral) not in (neutral, False, None):
+    for key in BENDS:
+        if values.get(key) not in (None, False):
             raise UserError(
-                f"{file} sets {key} to {values[key]!r}, which is not read here; set it to "
-                f"{'false' if neutral is False else 'null'} and choose a time grid with schedule="
+                f"{file} sets {key} to {values[key]!r}, which is not read here; remove it and "
+                f"choose a time grid with schedule="
             )
     shift = values.get("shift", 1.0)
     if not isinstance(shift, int | float) or not 0.0 < shift < math.inf:
