@@ -35,6 +35,7 @@ from nextdit_core import (
     Pipeline,
     Recipe,
     Step,
+    Tokens,
     UserError,
     train,
 )
@@ -740,6 +741,30 @@ def test_settings_that_mean_nothing_are_one_line_that_helps(
     assert run.returncode == 2
     (line,) = [line for line in run.stderr.splitlines() if line.startswith("nextdit: error: ")]
     assert message in line
+
+
+def test_what_becomes_infinite_is_said_and_not_drawn(
+    lumina_folder: Path,
+    nextdit: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in float16, where activations of large models overflow."""
+    forward = NextDiT.forward
+
+    def overflow(model: NextDiT, tokens: Tokens, t: Tensor, *others: Any, **options: Any) -> Tensor:
+        return forward(model, tokens, t, *others, **options) / (t[0] < 0.5)
+
+    monkeypatch.setattr(NextDiT, "forward", overflow)
+    pipe = Pipeline.from_pretrained(lumina_folder, device="cpu")
+    with pytest.raises(flowsolvers.NotFiniteError) as caught:
+        pipe("fox", nfe=4, solver="euler", schedule="uniform")
+    assert caught.value.t == pytest.approx(0.5)
+    arguments = ("sample", str(lumina_folder), "fox", "--nfe", "4", "--device", "cpu")
+    run = nextdit(*arguments, "--out", "fox.png")
+    assert run.returncode == 2
+    assert "nextdit: error: sampling in float32 came to no finite numbers" in run.stderr
+    assert not (tmp_path / "fox.png").exists()
 
 
 def test_a_saved_model_has_parts_of_its_own(tmp_path: Path) -> None:

@@ -201,6 +201,8 @@ class Pipeline:
 
         Raises:
             UserError: A name, size or number is not acceptable.
+            flowsolvers.NotFiniteError: The state became NaN or infinite; says when, and holds the
+                last one that was finite.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:

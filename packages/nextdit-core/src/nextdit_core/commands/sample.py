@@ -217,7 +217,11 @@ def sample(
         "negative_prompt": negative_prompt,
         "context_drop": drop,
     }
-    written = _draw(pipe, jobs, batch, latent, options, target, single)
+    try:
+        written = _draw(pipe, jobs, batch, latent, options, target, single)
+    except FloatingPointError as error:  # flowsolvers.NotFiniteError
+        said = " ".join(str(error).split())
+        raise UserError(f"sampling in {dtype} came to no finite numbers: {said}") from error
     skipped = count * len(prompts) - len(jobs)
     note = f" ({skipped} were there before)" if skipped else ""
     click.echo(f"wrote {written} sample{'s' * (written != 1)} to {target}{note}")
