@@ -694,6 +694,37 @@ def test_every_setting_of_the_command_line_is_that_of_the_pipeline(
     assert len(seen) == len(settings) + 1  # every setting changed the picture, each its own way
 
 
+@pytest.mark.parametrize("ema", [False, True])
+def test_the_command_line_samples_the_authors_folder(
+    lumina_folder: Path, nextdit: Callable[..., Any], tmp_path: Path, ema: bool
+) -> None:
+    """Told where the other parts are; averaged weights where they are asked for."""
+    alone = tmp_path / "alone"
+    model = NextDiT.from_pretrained(lumina_folder)
+    model.save_pretrained(alone, layout="authors")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    model.save_pretrained(tmp_path / "averaged", layout="authors")
+    (file,) = (tmp_path / "averaged").glob("consolidated*")
+    shutil.copy(file, alone / file.name.replace("consolidated.", "consolidated_ema."))
+    parts = {"text_encoder": str(lumina_folder), "autoencoder": str(lumina_folder)}
+    run = nextdit(
+        *("sample", str(alone), "a red fox", "--size", "64x64", "--nfe", "3", "--device", "cpu"),
+        *("--text-encoder", parts["text_encoder"], "--autoencoder", parts["autoencoder"]),
+        *["--ema"] * ema,
+        *("--out", "fox.png"),
+    )
+    assert run.returncode == 0, run.stderr
+    pipes = [
+        Pipeline.from_pretrained(alone, device="cpu", ema=averaged, **parts)
+        for averaged in (ema, not ema)
+    ]
+    expected, other = (p("a red fox", size=(64, 64), nfe=3)[0].tobytes() for p in pipes)
+    with Pillow.open(tmp_path / "fox.png") as found:
+        assert found.tobytes() == expected != other
+
+
 def test_the_command_line_begins_from_a_picture(
     lumina_folder: Path, nextdit: Callable[..., Any], tmp_path: Path
 ) -> None:
