@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image as Pillow
 
 from nextdit_core import Tokens
 
@@ -27,6 +28,25 @@ def test_an_sd3_pipeline_is_sampled_in_20_lines(
     assert (tmp_path / "sd3.png").stat().st_size > 0
     assert found["pipe"].scheduler.step_index == 10
     assert "pec2 on shift:3@uniform: 10 evaluations in 10 steps" in capsys.readouterr().out
+
+
+def test_lumina_next_is_sampled_in_ten_lines(
+    root: Path,
+    lumina_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = root / "examples" / "sample_lumina_next.py"
+    code = script.read_text("utf-8").split('"""')[2]
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 10
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(script), str(lumina_folder), "a red fox"])
+    found = runpy.run_path(str(script))
+    (expected,) = found["pipe"]("a red fox", nfe=20, schedule="shift:4", seed=7)
+    with Pillow.open(tmp_path / "lumina.png") as picture:
+        assert picture.tobytes() == expected.tobytes()
+    assert "64 x 64 pixels in lumina.png" in capsys.readouterr().out
 
 
 def test_three_kinds_of_token_share_a_trunk(root: Path) -> None:

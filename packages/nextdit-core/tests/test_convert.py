@@ -228,7 +228,7 @@ def test_info_and_pipeline_take_saved_models(
     assert "a Next-DiT backbone of nextdit-core" in run(info, checkpoint / "backbone").output
     run(convert, checkpoint, tmp_path / "alone", "--to", "nextdit")
     assert "a Next-DiT backbone of nextdit-core" in run(info, tmp_path / "alone").output
-    for place in (tmp_path / "alone", golden / "tiny_pipeline"):
+    for place in (tmp_path / "alone", golden / "tiny_pipeline" / "transformer"):
         with pytest.raises(UserError, match=r"loaded by NextDiT\.from_pretrained"):
             Pipeline.from_pretrained(place)
 

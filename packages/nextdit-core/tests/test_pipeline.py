@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from nextdit_core import (
     Guidance,
     Pipeline,
     Recipe,
+    Step,
     Tokens,
     UserError,
     train,
@@ -88,6 +90,77 @@ def test_rules_are_those_of_flowsolvers(pipe: Pipeline) -> None:
         assert (found - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("channels", [(0,), (1,), (0, 1)], ids=str)
+@pytest.mark.parametrize("rule", ["cfg", "cfg-zero*", "apg", "renorm-clip"])
+def test_chosen_channels_are_guided_and_others_follow_the_condition(
+    pipe: Pipeline, rule: str, channels: tuple[int, ...]
+) -> None:
+    """One Euler step, from velocities read off unguided ones; the rule sees no other channel."""
+    options: dict[str, Any] = {"nfe": 1, "solver": "euler", "output": "latent"}
+    noise = pipe._noise([(6,)], [(0, 0)]).values
+    c, u = (pipe(text, guidance=1.0, **options)[0] - noise for text in ("up", ""))
+    picked = list(channels)
+    expected = c.clone()
+    led = flowsolvers.guidance_rule(rule)(c[None, :, picked], u[None, :, picked], 3.0, None)[0]
+    expected[:, picked] = led
+    guidance = Guidance(3.0, rule, channels=channels)
+    found = pipe("up", guidance=guidance, **options)[0] - noise
+    assert (found - expected).abs().max() <= 1e-5
+    # A packed batch of other lengths changes nothing.
+    both = pipe(["up", "down"], size=[(6,), (9,)], guidance=guidance, **options)
+    assert (both[0] - noise - found).abs().max() <= 1e-5
+
+
+def test_a_scale_may_follow_the_time(pipe: Pipeline) -> None:
+    """By 5 and then by 2: as a request guided by 2 that is put where one guided by 5 was."""
+    times: list[float] = []
+
+    def scale(t: float) -> float:
+        times.append(t)
+        return 5.0 if t < 0.5 else 2.0
+
+    options = OPTIONS | {"solver": "euler", "output": "latent"}
+    (found,) = pipe("up", guidance=Guidance(scale), **options)
+    assert times == pytest.approx([i / 6 for i in range(6)])
+    states: list[list[Tensor]] = []
+    pipe("up", guidance=5.0, on_step=lambda step: states.append(step.latents()), **options)
+
+    def put(step: Step) -> None:
+        if step.step == 2:
+            step.go_on_from(states[2])
+
+    (expected,) = pipe("up", guidance=2.0, on_step=put, **options)
+    assert (found - expected).abs().max() <= 1e-6
+    assert (found - states[-1][0]).abs().max() > 1e-3
+
+
+def test_a_number_guides_the_channels_of_the_card(pipe: Pipeline) -> None:
+    sampling = {**pipe.card.sampling, "guidance_channels": [0]}
+    some = replace(pipe, card=replace(pipe.card, sampling=sampling))
+    expected = pipe("up", guidance=Guidance(2.0, channels=(0,)), **OPTIONS)[0]
+    assert torch.equal(some("up", guidance=2.0, **OPTIONS)[0], expected)
+    assert torch.equal(some("up", guidance=some.guidance(2.0), **OPTIONS)[0], expected)
+    every = some("up", guidance=Guidance(2.0), **OPTIONS)[0]
+    assert torch.equal(every, pipe("up", guidance=2.0, **OPTIONS)[0])
+    with pytest.raises(UserError, match=r"are \(0, 2\); latents have 2: expected 0 to 1"):
+        pipe("up", guidance=Guidance(2.0, channels=(0, 2)), **OPTIONS)
+
+
+def test_a_time_grid_may_be_one_or_its_name(pipe: Pipeline) -> None:
+    options = OPTIONS | {"schedule": "shift:4"}
+    grid = OPTIONS | {"schedule": flowsolvers.shift(4.0)}
+    assert torch.equal(pipe("up", **options)[0], pipe("up", **grid)[0])
+
+
+def test_extrapolation_by_area_takes_one_ratio_for_all_axes(pipe: Pipeline) -> None:
+    """The modality has one axis, where area and axis are the same."""
+    by_axis, by_area = (
+        pipe("up", size=(24,), extrapolate=Extrapolation("ntk", by=by), **OPTIONS)[0]
+        for by in ("axis", "area")
+    )
+    assert torch.equal(by_axis, by_area)
+
+
 def test_extrapolation_reaches_the_backbone(
     pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +205,8 @@ def test_context_drop_ends_steps_where_it_changes(
 def test_latents_go_in_and_come_out(pipe: Pipeline) -> None:
     (latent,) = pipe("up", seed=3, output="latent", **OPTIONS)
     (media,) = pipe("up", seed=3, **OPTIONS)
+    (numbers,) = pipe("up", seed=3, output="tensor", **OPTIONS)
+    assert torch.equal(numbers, pipe.modality.decode_tensor(latent))
     assert torch.equal(pipe.modality.decode(latent), media)
     noise = pipe._noise([(6,)], [(3, 0)]).values
     given = pipe.modality.detokenize(noise, (6,))
@@ -150,7 +225,7 @@ def test_latents_go_in_and_come_out(pipe: Pipeline) -> None:
         ({"latents": []}, "0 latents for 1 prompts"),
         ({"latents": [torch.zeros(3, 2)], "size": (3,)}, "size or latents, not both"),
         ({"latents": [torch.zeros(3, 2)], "start": 1.5}, "1.5"),
-        ({"output": "picture"}, "'media' or 'latent'"),
+        ({"output": "picture"}, "'media', 'tensor' or 'latent'"),
         ({"context_drop": "2"}, "context drop '2'"),
     ],
 )
@@ -167,6 +242,8 @@ def test_requests_that_mean_nothing_are_refused(
         ({"rule": "cfgzero"}, "cfg-zero"),
         ({"interval": (0.5, 0.2)}, "interval"),
         ({"scale": float("nan")}, "finite"),
+        ({"channels": ()}, "counted from 0"),
+        ({"channels": (-1,)}, "counted from 0"),
         ({"zero_until": 2.0}, "zero_until"),
     ],
 )
@@ -175,11 +252,22 @@ def test_guidance_that_means_nothing_is_refused(arguments: dict[str, Any], messa
         Guidance(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"by": "pixel"}, "accepted: axis, area"), ({"watershed": 1.5}, "1.5; expected 0 to 1")],
+)
+def test_extrapolation_that_means_nothing_is_refused(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        Extrapolation(**arguments)
+
+
 def test_a_step_can_be_seen_and_the_request_stopped(pipe: Pipeline) -> None:
     counts: list[int] = []
     times: list[float] = []
 
-    def on_step(event: flowsolvers.Reached[Tensor]) -> None:
+    def on_step(event: Step) -> None:
         times.append(event.t)
         if event.step == 2:
             event.stop()

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from modality_image.digits import Digits, Recognition, recognise
     from modality_image.image import Image
     from modality_image.image_folder import ImageFolder
+    from modality_image.kl_autoencoder import KLAutoencoder
     from modality_image.sheet import contact_sheet
 
 __version__ = version("modality-image")
@@ -18,6 +19,7 @@ _HOMES = {
     "Digits": "digits",
     "Image": "image",
     "ImageFolder": "image_folder",
+    "KLAutoencoder": "kl_autoencoder",
     "Recognition": "digits",
     "contact_sheet": "sheet",
     "recognise": "digits",
@@ -27,6 +29,7 @@ __all__ = [
     "Digits",
     "Image",
     "ImageFolder",
+    "KLAutoencoder",
     "Recognition",
     "__version__",
     "contact_sheet",

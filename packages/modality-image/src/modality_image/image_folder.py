@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image as Pillow
-from PIL import ImageOps, UnidentifiedImageError
-
+from modality_image.picture import fitted, read_picture
 from nextdit_core import Example, UserError
 
 __all__ = ["ImageFolder"]
@@ -52,12 +50,7 @@ class ImageFolder:
             UserError: The file is not a picture that Pillow can read.
         """
         file = self.files[index]
-        try:
-            with Pillow.open(file) as opened:
-                picture = ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise UserError(f"cannot read picture {file}: {error}; repair or remove it") from error
-        fitted = ImageOps.fit(picture, (self.width, self.height), method=Pillow.Resampling.LANCZOS)
+        picture = fitted(read_picture(file), self.height, self.width)
         text = file.with_suffix(".txt")
         caption = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
-        return Example(fitted, caption)
+        return Example(picture, caption)

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nextdit_core.autoencoder import Autoencoder, LatentSpec
     from nextdit_core.backbone import NextDiT
     from nextdit_core.conditioning import Conditioning
     from nextdit_core.config import NextDiTConfig
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from nextdit_core.pipeline import Pipeline
     from nextdit_core.prepared_conditioning import PreparedConditioning
     from nextdit_core.recipe import Recipe
+    from nextdit_core.step import Step
     from nextdit_core.text_encoders import FrozenTextEncoder, TextEncoder
     from nextdit_core.tokens import Tokens
     from nextdit_core.training.run import train
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 __version__ = version("nextdit-core")
 
 _HOMES = {
+    "Autoencoder": "autoencoder",
+    "LatentSpec": "autoencoder",
     "NextDiT": "backbone",
     "Conditioning": "conditioning",
     "NextDiTConfig": "config",
@@ -47,6 +51,7 @@ _HOMES = {
     "Pipeline": "pipeline",
     "PreparedConditioning": "prepared_conditioning",
     "Recipe": "recipe",
+    "Step": "step",
     "FrozenTextEncoder": "text_encoders",
     "TextEncoder": "text_encoders",
     "Tokens": "tokens",
@@ -56,6 +61,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Autoencoder",
     "Conditioning",
     "ContextDrop",
     "Dataset",
@@ -65,6 +71,7 @@ __all__ = [
     "FinalLayer",
     "FrozenTextEncoder",
     "Guidance",
+    "LatentSpec",
     "Modality",
     "NextDiT",
     "NextDiTConfig",
@@ -75,6 +82,7 @@ __all__ = [
     "Routing",
     "Runtime",
     "Size",
+    "Step",
     "TextEncoder",
     "Tokens",
     "UserError",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from nextdit_core import registry
@@ -26,8 +27,9 @@ class Modality(Protocol):
     `Class(**options)` with options from a recipe. `nextdit_core.testing.check_modality`
     checks an implementation.
 
-    Inheriting from this class brings `encode` and `decode` that do nothing, for media that
-    are their own latent.
+    Inheriting from this class brings all that media need that are their own latent, on the CPU:
+    `encode`, `decode` and `decode_tensor` that return what they are given, `to` that does
+    nothing, a `latent_channels`, and a `read` that refuses.
 
     Attributes:
         axes: Position axes in use: 1, 2 or 3 (see `NextDiTConfig.axes`).
@@ -43,6 +45,15 @@ class Modality(Protocol):
     suffix: str
     options: Mapping[str, Any]
 
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent, which change fastest in a token: number i is of i % channels."""
+        return self.token_dim
+
+    def to(self, device: torch.device) -> Self:
+        """Encode and decode on this device from now on; what was left on disk for it is read."""
+        return self
+
     def encode(self, media: Any) -> Tensor:
         """Turn one medium into its latent, a float tensor of roughly unit scale."""
         return media
@@ -50,6 +61,18 @@ class Modality(Protocol):
     def decode(self, latent: Tensor) -> Any:
         """Turn one latent back into a medium; the inverse of `encode`."""
         return latent
+
+    def decode_tensor(self, latent: Tensor) -> Tensor:
+        """Turn one latent into the numbers of its medium, such as pixels in [-1, 1], unrounded."""
+        return latent
+
+    def read(self, path: Path, size: Size | None = None) -> Any:
+        """Read one medium from a file, fitted to a size, or to the nearest that can be made.
+
+        Raises:
+            UserError: The file cannot be read, or this modality reads none.
+        """
+        raise UserError(f"cannot read {path}: {type(self).__name__} reads no files")
 
     def size(self, latent: Tensor) -> Size:
         """Read the size of a latent."""
@@ -82,8 +105,12 @@ REQUIRED = (
     "default_size",
     "suffix",
     "options",
+    "latent_channels",
+    "to",
     "encode",
     "decode",
+    "decode_tensor",
+    "read",
     "size",
     "positions",
     "tokenize",

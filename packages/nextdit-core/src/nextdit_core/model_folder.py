@@ -14,12 +14,18 @@ __all__ = [
     "FORMAT_VERSION",
     "check_format",
     "find_model",
+    "is_saved_model",
     "newest_checkpoint",
 ]
 
 FORMAT_VERSION = 1
 CARD = "nextdit.json"
 CHECKPOINTS = "checkpoints"
+
+
+def is_saved_model(path: Path) -> bool:
+    """Say whether a folder is a model or a run of this package, complete or not."""
+    return (path / CARD).is_file() or (path / CHECKPOINTS).is_dir()
 
 
 def find_model(path: str | Path) -> Path:

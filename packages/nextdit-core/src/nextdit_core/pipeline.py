@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from torch import Tensor
@@ -18,13 +18,20 @@ from nextdit_core.engines.local import pick_device
 from nextdit_core.errors import UserError
 from nextdit_core.extrapolation import Extrapolation
 from nextdit_core.flow_model import FlowModel
+from nextdit_core.folder import new_folder
 from nextdit_core.guidance import Guidance
+from nextdit_core.lumina_pipeline import load_lumina
 from nextdit_core.modality import Modality, Size
+from nextdit_core.model_folder import is_saved_model
 from nextdit_core.packed_velocity import PackedVelocity
 from nextdit_core.sampling_plan import check_sampling, named_schedule
-from nextdit_core.saved_model import ModelCard, load_model
+from nextdit_core.saved_model import ModelCard, load_model, write_model
+from nextdit_core.step import Step, stream
 from nextdit_core.tokens import Tokens
 from nextdit_core.training.draws import generator
+
+if TYPE_CHECKING:
+    from nextdit_core.text_encoders import TextEncoder
 
 __all__ = ["Pipeline"]
 
@@ -48,26 +55,91 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: str = "auto", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: torch.dtype = torch.float32,
+        text_encoder: str | Path | None = None,
+        autoencoder: str | Path | None = None,
+        ema: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
     ) -> Self:
-        """Load a saved model: backbone, text encoder and modality.
+        """Load a saved model, or Lumina-Next as others save it: text encoder, backbone, modality.
 
         Args:
-            path: A saved model, a run, whose newest complete checkpoint is taken, or OWNER/NAME
-                of a saved model on the Hugging Face hub. A backbone alone, the authors' and
-                diffusers' included, says nothing of its modality: `NextDiT.from_pretrained`.
+            path: A saved model, a run, whose newest complete checkpoint is taken, or a diffusers
+                pipeline of Lumina-Next (`LuminaPipeline`); or OWNER/NAME of one on the Hugging
+                Face hub. Or Lumina-Next's backbone alone, such as the authors' folder, which
+                needs the next two.
             device: "auto" (CUDA, then MPS, then CPU) or a torch device.
-            dtype: Of the weights; the ODE state is float32 whatever this is.
+            dtype: Of the backbone's weights. A text encoder of the transformers library is loaded
+                in float32 or, beside 16-bit weights, in bfloat16. Image autoencoders stay
+                in float32, and so does the ODE state.
+            text_encoder: Folder, or name on the hub, of a language model, in place of the
+                diffusers pipeline's: "google/gemma-2b".
+            autoencoder: Folder, or name on the hub, of an image autoencoder of diffusers,
+                likewise: "stabilityai/sdxl-vae". Either may be a whole pipeline, of which that
+                part is taken.
+            ema: Take the authors' averaged weights.
+            revision: Branch, tag or commit on the hub.
+            token: Access token of the hub; True takes the stored one.
+            cache_dir: Where downloads are kept.
+            local_files_only: Take what was downloaded before.
 
         Returns:
-            The pipeline.
+            The pipeline. Of Lumina-Next it guides as the authors do, by 4 and the first three of
+            four channels, on the time grid that the scheduler's shift says (4 for the authors'
+            folder), at the size that its config says.
 
         Raises:
             UserError: The folder is not a complete model of this format, or needs a part
-                that is not installed.
+                that is not installed; a pipeline is of another class (Lumina-2 is named), lacks a
+                part or has parts that do not fit one another; or a backbone came alone.
         """
-        place = local_path(path, pipeline=True)
-        return cls(*load_model(place, pick_device(device), dtype))
+        place = local_path(
+            path,
+            pipeline=True,
+            alone=text_encoder is not None and autoencoder is not None,
+            ema=ema,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        given = {"text_encoder": text_encoder, "autoencoder": autoencoder}
+        if not is_saved_model(place):
+            found = load_lumina(place, pick_device(str(device)), dtype, ema=ema, **given)
+            return cls(*found)
+        asked = [name for name, value in given.items() if value is not None] + ["ema"] * ema
+        if asked:
+            raise UserError(
+                f"{path} is a saved model with parts of its own; leave out {' and '.join(asked)}"
+            )
+        return cls(*load_model(place, pick_device(str(device)), dtype))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a folder that `from_pretrained` reads: a saved model of this package.
+
+        What was put together from several places, such as the authors' backbone, a language model
+        and an autoencoder, is then found at one. Frozen parts keep their names and options and
+        stay where they are.
+
+        Args:
+            path: Where it shall stand; it must not exist.
+
+        Raises:
+            UserError: The place is taken or not writable, or the disk is full.
+        """
+        encoder, config = self.model.text_encoder, self.model.backbone.config
+        card = replace(self.card, modality_options=self.modality.options)
+        if encoder is not None:
+            card = replace(card, text_encoder_options=cast("TextEncoder", encoder).options)
+        with new_folder(Path(path)) as folder:
+            write_model(folder, self.model.state_dict(), config, card)
 
     @property
     def device(self) -> torch.device:
@@ -83,15 +155,15 @@ class Pipeline:
         seed: int | Sequence[int] = 0,
         nfe: int | None = None,
         solver: str | None = None,
-        schedule: str | None = None,
+        schedule: str | flowsolvers.Schedule | None = None,
         guidance: float | Guidance | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | Sequence[str] = "",
         extrapolate: Extrapolation | str | None = None,
         context_drop: ContextDrop | str | None = None,
         latents: Sequence[Tensor] | None = None,
         start: float = 0.0,
-        output: Literal["media", "latent"] = "media",
-        on_step: Callable[[flowsolvers.Reached[Tensor]], object] | None = None,
+        output: Literal["media", "tensor", "latent"] = "media",
+        on_step: Callable[[Step], object] | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[Any]:
         """Sample one medium per prompt, all in one packed batch.
@@ -103,10 +175,12 @@ class Pipeline:
                 The noise of a sample depends only on its seed, place and size.
             nfe: Velocity evaluations, counted per sample without the guidance factor.
             solver: A flowsolvers solver name.
-            schedule: A flowsolvers time grid name; "auto" is the solver's own.
+            schedule: A flowsolvers time grid or its name, such as "shift:4"; "auto" is the
+                solver's own.
             guidance: Classifier-free guidance scale, 1 is no guidance; or a `Guidance`, for
-                another rule or an interval.
-            negative_prompt: What guidance leads away from.
+                another rule, an interval or chosen channels. A number guides the channels that
+                the model's card says, a `Guidance` those that it says itself.
+            negative_prompt: What guidance leads away from; one for all, or one per prompt.
             extrapolate: For sizes beyond the trained one: an `Extrapolation`, or its method, such
                 as "time-aware"; None takes positions as they are.
             context_drop: Attend to averages of tokens early in sampling, such as
@@ -116,30 +190,36 @@ class Pipeline:
             start: Time at which to begin, in [0, 1), 0 = noise. Above 0, latents are data, to
                 which this much of each sample's noise is added first; 1 - start is known as
                 strength.
-            output: "media", or "latent" to leave out the decoding.
-            on_step: Called with a `flowsolvers.Reached` at each step's end; its x are packed
-                tokens, and it can stop.
+            output: "media"; "tensor", the numbers of media, such as pixels in [-1, 1], unrounded;
+                or "latent", to leave out the decoding.
+            on_step: Called with a `Step` at each step's end: the latents, a preview, and a way
+                to stop.
             progress: Called at each step's end with the number of evaluations so far.
 
         Returns:
-            The media, as the modality's `decode` makes them; or latents.
+            The media, as the modality's `decode` makes them; or tensors on the CPU.
 
         Raises:
             UserError: A name, size or number is not acceptable.
+            flowsolvers.NotFiniteError: The state became NaN or infinite; says when, and holds the
+                last one that was finite.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise UserError("no prompt given; give at least one")
-        if output not in ("media", "latent"):
-            raise UserError(f"output is {output!r}; expected 'media' or 'latent'")
+        if output not in ("media", "tensor", "latent"):
+            raise UserError(f"output is {output!r}; expected 'media', 'tensor' or 'latent'")
+        alone = isinstance(negative_prompt, str)
+        negatives = [negative_prompt] * len(prompts) if alone else list(negative_prompt)
+        if len(negatives) != len(prompts):
+            raise UserError(
+                f"{len(negatives)} negative prompts for {len(prompts)} prompts; give one, or one "
+                f"each"
+            )
         sizes = self._sizes(size, latents, len(prompts))
         seeds = _seeds(seed, len(prompts))
         sampling = self.card.sampling
-        guided = (
-            guidance
-            if isinstance(guidance, Guidance)
-            else Guidance(sampling["guidance"] if guidance is None else guidance)
-        )
+        guided = guidance if isinstance(guidance, Guidance) else self.guidance(guidance)
         drop = ContextDrop.parse(context_drop) if isinstance(context_drop, str) else context_drop
         solve = {
             "solver": sampling["solver"] if solver is None else solver,
@@ -155,7 +235,7 @@ class Pipeline:
         noise = self._noise(sizes, seeds)
         begin = self._begin(noise, latents, start)
         velocity = self._velocity(
-            prompts, noise, guided, negative_prompt, drop or ContextDrop(()), options
+            prompts, noise, guided, negatives, drop or ContextDrop(()), options
         )
         result = flowsolvers.solve(
             velocity,
@@ -164,14 +244,57 @@ class Pipeline:
             solver=solve["solver"],
             schedule=named_schedule(solve["schedule"]),
             start=start,
-            on_step=_told(on_step, progress),
+            on_step=self._told(on_step, progress, noise, sizes),
         )
         samples = noise.with_values(result.x).split()
         found = [
             self.modality.detokenize(values.float().cpu(), one)
             for values, one in zip(samples, sizes, strict=True)
         ]
-        return found if output == "latent" else [self.modality.decode(one) for one in found]
+        if output == "latent":
+            return found
+        decode = self.modality.decode if output == "media" else self.modality.decode_tensor
+        return [decode(one) for one in found]
+
+    def stream(self, prompt: str | Sequence[str], **request: Any) -> Iterator[Step]:
+        """Sample step by step: `for step in pipe.stream(prompt): show(step.preview()[0])`.
+
+        Args:
+            prompt: One or several.
+            request: The other arguments of a call, but `output` and `on_step`.
+
+        Returns:
+            An iterator over each step's end, the last at t = 1, where `preview()` is the media
+            and `data()` the latents that a call would return. Leaving the loop stops the request,
+            and so does `step.stop()`.
+
+        Raises:
+            UserError: From the first step on: see a call.
+        """
+        taken = [name for name in ("output", "on_step") if name in request]
+        if taken:
+            raise UserError(
+                f"stream takes no {' or '.join(taken)}: each step has latents(), data() and "
+                f"preview()"
+            )
+        return stream(lambda look: self(prompt, output="latent", on_step=look, **request))
+
+    def guidance(self, scale: float | None = None, **settings: Any) -> Guidance:
+        """Guide as the model's card says, unless told otherwise.
+
+        Args:
+            scale: The card's when None.
+            settings: Other arguments of `Guidance`.
+
+        Returns:
+            The guidance.
+
+        Raises:
+            UserError: See `Guidance`.
+        """
+        sampling = self.card.sampling
+        settings.setdefault("channels", sampling.get("guidance_channels"))
+        return Guidance(sampling["guidance"] if scale is None else scale, **settings)
 
     def _sizes(
         self, size: Size | Sequence[Size] | None, latents: Sequence[Tensor] | None, count: int
@@ -218,7 +341,7 @@ class Pipeline:
         prompts: Sequence[str],
         noise: Tokens,
         guidance: Guidance,
-        negative_prompt: str,
+        negatives: Sequence[str],
         drop: ContextDrop,
         options: Mapping[str, Any],
     ) -> flowsolvers.Velocity:
@@ -227,30 +350,36 @@ class Pipeline:
         guided = guidance.guides and encoder is not None
         condition: Conditioning | None = None
         if encoder is not None:
-            asked = [*prompts, *[negative_prompt] * len(prompts)] if guided else prompts
+            asked = [*prompts, *negatives] if guided else prompts
             condition = encoder(asked)
         prepared = backbone.prepare(condition)
         alone = PackedVelocity(backbone, prepared.first(noise.batch), noise, drop, options)
         if not guided:
             return alone
         both = PackedVelocity(backbone, prepared, Tokens.pack([noise, noise]), drop, options)
-        return guidance.velocity(both, alone, noise.lengths)
+        modality = self.modality
+        return guidance.velocity(
+            both, alone, noise.lengths, modality.token_dim, modality.latent_channels
+        )
 
+    def _told(
+        self,
+        on_step: Callable[[Step], object] | None,
+        progress: Callable[[int], None] | None,
+        layout: Tokens,
+        sizes: Sequence[Size],
+    ) -> Callable[[flowsolvers.Reached[Tensor]], object] | None:
+        """Tell both of a step's end."""
+        if on_step is None and progress is None:
+            return None
 
-def _told(
-    on_step: Callable[[flowsolvers.Reached[Tensor]], object] | None,
-    progress: Callable[[int], None] | None,
-) -> Callable[[flowsolvers.Reached[Tensor]], object] | None:
-    """Tell both of a step's end."""
-    if progress is None:
-        return on_step
+        def tell(reached: flowsolvers.Reached[Tensor]) -> None:
+            if progress is not None:
+                progress(reached.evaluations)
+            if on_step is not None:
+                on_step(Step(reached, layout, self.modality, sizes))
 
-    def tell(event: flowsolvers.Reached[Tensor]) -> None:
-        progress(event.evaluations)
-        if on_step is not None:
-            on_step(event)
-
-    return tell
+        return tell
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:

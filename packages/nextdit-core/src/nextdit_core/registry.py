@@ -19,6 +19,7 @@ __all__ = ["GROUPS", "Part", "load", "parts", "refresh"]
 GROUPS = {
     "nextdit.modalities": "modality",
     "nextdit.text_encoders": "text encoder",
+    "nextdit.autoencoders": "autoencoder",
     "nextdit.datasets": "dataset",
     "nextdit.engines": "engine",
     "nextdit.kernels": "kernels",
@@ -28,6 +29,7 @@ GROUPS = {
 #: Parts that are known to exist although their distribution may not be installed.
 KNOWN = {
     "nextdit.modalities": {"image": "modality-image"},
+    "nextdit.autoencoders": {"kl-image": "modality-image[vae]"},
     "nextdit.datasets": {"digits": "modality-image[digits]", "folder": "modality-image"},
     "nextdit.engines": {"ray": "nextdit-ray"},
     "nextdit.kernels": {"triton": "nextdit-kernels"},

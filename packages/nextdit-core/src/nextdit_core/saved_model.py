@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nextdit_core.checkpoints.load import load_backbone
+from nextdit_core.checkpoints.checkpoint import open_checkpoint
+from nextdit_core.checkpoints.load import read_backbone
 from nextdit_core.checkpoints.save import write_backbone
 from nextdit_core.checkpoints.shards import load_part, save_weights
 from nextdit_core.config import NextDiTConfig
@@ -35,7 +36,15 @@ Kind = TypeVar("Kind")
 #: The folders with weights.
 PARTS = ("backbone", "text_encoder")
 
-__all__ = ["ModelCard", "load_model", "load_parts", "read_card", "write_model"]
+__all__ = [
+    "ModelCard",
+    "build_parts",
+    "check_parts",
+    "load_model",
+    "load_parts",
+    "read_card",
+    "write_model",
+]
 
 
 @dataclass(frozen=True)
@@ -47,8 +56,9 @@ class ModelCard:
         modality_options: Keyword arguments that rebuild it.
         text_encoder: Entry-point name.
         text_encoder_options: Keyword arguments that rebuild it.
-        sampling: nfe, solver, schedule and guidance used unless a request says otherwise.
-        step: Optimiser steps behind the weights.
+        sampling: nfe, solver, schedule, guidance and, where not all of a latent's channels are
+            guided, guidance_channels, used unless a request says otherwise.
+        step: Optimiser steps behind the weights; None where they are not known.
         example_prompts: Prompts that the model should know.
     """
 
@@ -57,7 +67,7 @@ class ModelCard:
     text_encoder: str
     text_encoder_options: Mapping[str, Any]
     sampling: Mapping[str, Any]
-    step: int
+    step: int | None
     example_prompts: list[str] = field(default_factory=list)
 
 
@@ -98,8 +108,8 @@ def write_model(
         folder / "README.md",
         f"---\nlibrary_name: nextdit\ntags: [{card.modality}, next-dit, flow-matching]\n---\n\n"
         f"# A Next-DiT model for {card.modality}\n\n"
-        f"{sum(tensor.numel() for tensor in weights.values()):,} parameters, "
-        f"{card.step} training steps.\n\n"
+        f"{sum(tensor.numel() for tensor in weights.values()):,} parameters"
+        f"{'' if card.step is None else f', {card.step} training steps'}.\n\n"
         "```python\nfrom nextdit_core import Pipeline\n\n"
         f'media = Pipeline.from_pretrained("path/of/this/folder")({prompt!r}, seed=0)\n```\n\n'
         "Architecture: Lumina-Next, arXiv 2406.18583.\n",
@@ -131,7 +141,7 @@ def read_card(folder: Path) -> ModelCard:
         text_encoder=_entry(folder, encoder, "name", str),
         text_encoder_options=_entry(folder, encoder, "options", dict),
         sampling=_entry(folder, values, "sampling", dict),
-        step=_entry(folder, values, "step", int),
+        step=None if values.get("step", 0) is None else _entry(folder, values, "step", int),
         example_prompts=[str(prompt) for prompt in prompts],
     )
 
@@ -165,10 +175,11 @@ def load_model(
     """
     folder = find_model(path)
     card = read_card(folder)
-    modality = load_modality(card.modality, card.modality_options)
-    backbone = load_backbone(folder / "backbone", dtype=dtype, device=device)
-    with torch.device("meta"):
-        encoder = load_text_encoder(card.text_encoder, card.text_encoder_options)
+    modality, encoder = build_parts(card)
+    checkpoint = open_checkpoint(folder / "backbone")
+    check_parts(checkpoint.config, modality, encoder)
+    modality = modality.to(device)
+    backbone = read_backbone(checkpoint, dtype=dtype, device=device)
     weights = load_part(folder / "text_encoder", device) if encoder.state_dict() else {}
     try:
         encoder.load_state_dict(
@@ -184,6 +195,38 @@ def load_model(
     encoder.to(device)  # what it keeps to itself
     model = FlowModel(backbone, encoder)
     return model.eval().requires_grad_(False), modality, card
+
+
+def build_parts(card: ModelCard) -> tuple[Modality, nn.Module]:
+    """Build what a card names: the modality, and the text encoder without its weights.
+
+    Raises:
+        UserError: A part is not installed, or an option is wrong.
+    """
+    modality = load_modality(card.modality, card.modality_options)
+    with torch.device("meta"):
+        encoder = load_text_encoder(card.text_encoder, card.text_encoder_options)
+    return modality, encoder
+
+
+def check_parts(config: NextDiTConfig, modality: Modality, encoder: nn.Module) -> None:
+    """Refuse parts that do not fit one another, before weights are read.
+
+    Raises:
+        UserError: Text features or tokens are of another width than the backbone takes.
+    """
+    text_dim = getattr(encoder, "text_dim", None)
+    if text_dim != config.text_dim:
+        name = f"{type(encoder).__name__} {encoder.extra_repr()}".strip()
+        raise UserError(
+            f"the text encoder ({name}) gives features of width {text_dim}, and the backbone "
+            f"takes {config.text_dim}; give the encoder that it was trained with"
+        )
+    if (modality.token_dim, modality.axes) != (config.token_dim, config.axes):
+        raise UserError(
+            f"the modality has tokens of {modality.token_dim} numbers with {modality.axes} "
+            f"position axes, and the backbone takes {config.token_dim} and {config.axes}"
+        )
 
 
 def load_parts(folder: Path, model: FlowModel, device: torch.device) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Checks that any modality has to pass; its author runs them on a few media of theirs.
+"""Checks that any modality or autoencoder has to pass, on a few media of its author's.
 
 They are plain functions that raise `AssertionError`, so they work under every test runner.
 """
@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
+from nextdit_core.autoencoder import REQUIRED as OF_AUTOENCODER
+from nextdit_core.autoencoder import Autoencoder
 from nextdit_core.backbone import NextDiT
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.errors import UserError
 from nextdit_core.modality import REQUIRED, Modality, Size
 from nextdit_core.tokens import Tokens
 
-__all__ = ["check_modality"]
+__all__ = ["check_autoencoder", "check_modality"]
 
 
 def check_modality(
@@ -49,6 +51,47 @@ def check_modality(
     _check_files(modality, [modality.decode(latent) for latent in latents])
 
 
+def check_autoencoder(autoencoder: Autoencoder, media: Sequence[torch.Tensor]) -> None:
+    """Check that an autoencoder keeps the promises of `nextdit_core.Autoencoder`.
+
+    Args:
+        autoencoder: What is checked.
+        media: At least two, `[media_channels, ...]` in [-1, 1], of different sizes where it
+            allows them.
+
+    Raises:
+        AssertionError: A promise is broken; the message says which.
+
+    Convention: What comes back is not compared with the medium, as something may be lost, nor the
+        scale of latents with 1, as the examples may be no pictures of the kind it was trained on.
+    """
+    lacking = [name for name in OF_AUTOENCODER if not hasattr(autoencoder, name)]
+    _check(not lacking, f"the autoencoder lacks {', '.join(lacking)}")
+    _check_options(autoencoder, "autoencoder")
+    spec = autoencoder.latent
+    moved = autoencoder.to(torch.device("cpu"))
+    _check(moved is autoencoder, "to(device) must return the autoencoder itself")
+    for medium in media:
+        cells = [
+            extent // stride for extent, stride in zip(medium.shape[1:], spec.strides, strict=True)
+        ]
+        latent = autoencoder.encode(medium)
+        _check(
+            list(latent.shape) == [spec.channels, *cells],
+            f"a medium of {list(medium.shape)} has a latent of {list(latent.shape)}; its spec "
+            f"calls for {[spec.channels, *cells]}",
+        )
+        _check(latent.dtype == torch.float32, f"latents have dtype {latent.dtype}, not float32")
+        _check(
+            torch.equal(latent, autoencoder.encode(medium)),
+            "encoding the same medium twice gives two latents; encode to the mean, do not draw",
+        )
+        back = autoencoder.decode(latent)
+        _check(back.shape == medium.shape, f"decode gave {back.shape}; expected {medium.shape}")
+        _check(back.dtype == torch.float32, f"decoded media have dtype {back.dtype}, not float32")
+        _check(not (latent.requires_grad or back.requires_grad), "it is frozen: no gradients")
+
+
 def _check(holds: bool, message: str) -> None:
     if not holds:
         raise AssertionError(message)
@@ -59,11 +102,20 @@ def _check_attributes(modality: Modality) -> None:
     _check(not lacking, f"the modality lacks {', '.join(lacking)}")
     _check(modality.axes in (1, 2, 3), f"axes is {modality.axes}; expected 1, 2 or 3")
     _check(modality.suffix.startswith("."), f"suffix is {modality.suffix!r}; expected '.xyz'")
-    options = json.loads(json.dumps(dict(modality.options)))
-    again = type(modality)(**options)
+    _check_options(modality, "modality")
     _check(
-        dict(again.options) == dict(modality.options),
-        f"built from its options {options} the modality has others: {dict(again.options)}",
+        modality.token_dim % modality.latent_channels == 0,
+        f"token_dim {modality.token_dim} is no multiple of latent_channels "
+        f"{modality.latent_channels}",
+    )
+
+
+def _check_options(part: Modality | Autoencoder, kind: str) -> None:
+    options = json.loads(json.dumps(dict(part.options)))
+    again = type(part)(**options)
+    _check(
+        dict(again.options) == dict(part.options),
+        f"built from its options {options} the {kind} has others: {dict(again.options)}",
     )
 
 

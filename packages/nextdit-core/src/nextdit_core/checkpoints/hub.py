@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nextdit_core.errors import UserError
+from nextdit_core.folder import read_object
 from nextdit_core.model_folder import CARD
 
-__all__ = ["local_path", "push_folder"]
+__all__ = ["PIPELINE_CLASSES", "local_path", "push_folder"]
 
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+#: Classes of diffusers' pipelines of Lumina-Next; the second is that of the released weights.
+PIPELINE_CLASSES = ("LuminaPipeline", "LuminaText2ImgPipeline")
+#: What is read of one.
+PIPELINE = [
+    "model_index.json",
+    *("transformer/config.json", "transformer/*.safetensors*"),
+    *("vae/config.json", "vae/diffusion_pytorch_model*.safetensors*"),
+    *("text_encoder/*.json", "text_encoder/model*.safetensors"),
+    *("tokenizer/*", "scheduler/*"),
+]
 #: What a backbone needs of a repository, in any layout: no text encoder, no autoencoder.
 PATTERNS = [
     "*.json",
@@ -31,6 +42,8 @@ def local_path(
     *,
     ema: bool = False,
     pipeline: bool = False,
+    alone: bool = True,
+    patterns: Sequence[str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
@@ -42,7 +55,11 @@ def local_path(
     Args:
         path: A path, or OWNER/NAME.
         ema: Take the authors' averaged weights instead of the raw ones.
-        pipeline: Take all files of a saved model, and of anything else none.
+        pipeline: Take all files of a saved model, of a diffusers pipeline of Lumina-Next those
+            that are read, of another pipeline its index, and of anything else what a backbone
+            needs.
+        alone: Whether a backbone alone will do for a pipeline.
+        patterns: Take these files and no others.
         revision: Branch, tag or commit.
         token: Access token; True takes the stored one.
         cache_dir: Where downloads are kept; huggingface_hub's own place when None.
@@ -62,7 +79,7 @@ def local_path(
     hub = _hub(f"there is no folder {path}, and to download it from the Hugging Face hub")
     consolidated = "consolidated_ema.*" if ema else "consolidated.*"
 
-    def download(patterns: list[str] | None) -> Path:
+    def download(patterns: Sequence[str] | None) -> Path:
         found = hub.snapshot_download(
             str(path),
             revision=revision,
@@ -70,15 +87,30 @@ def local_path(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             force_download=force_download,
-            allow_patterns=patterns,
+            allow_patterns=None if patterns is None else list(patterns),
         )
         return Path(found)
 
     try:
-        if not pipeline:
-            return download([*PATTERNS, consolidated])
-        first = download([CARD])
-        return download(None) if (first / CARD).is_file() else first
+        if patterns is not None:
+            return download(patterns)
+        if pipeline:
+            first = download([CARD, "model_index.json"])
+            if (first / CARD).is_file():
+                return download(None)
+            index = first / "model_index.json"
+            if index.is_file():
+                known = read_object(index).get("_class_name") in PIPELINE_CLASSES
+                return download(PIPELINE) if known else first
+            if not alone:
+                raise UserError(
+                    f"{path} on the Hugging Face hub is no saved nextdit model and no diffusers "
+                    f"pipeline; of a backbone alone, such as the authors' Lumina-Next, say where "
+                    f"its other parts are: text_encoder=, autoencoder="
+                )
+        return download([*PATTERNS, consolidated])
+    except UserError:
+        raise
     except Exception as error:  # the network, the disk, the licence of a repository ...
         said = " ".join(str(error).split())[:300]
         raise UserError(

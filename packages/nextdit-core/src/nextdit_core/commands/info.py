@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
+
+from nextdit_core.errors import UserError
 
 __all__ = ["info"]
 
@@ -31,9 +34,9 @@ DISTRIBUTIONS = (
     help="By what experts are chosen, where no tensor tells it.",
 )
 def info(path: Path | None, heads: int | None, experts_by: Literal["time", "space"] | None) -> None:
-    """Describe this installation or, given PATH, a saved model, a run or a backbone.
+    """Describe this installation or, given PATH, a saved model, a run, a pipeline or a backbone.
 
-    A backbone may be ours, the authors' or diffusers'.
+    A backbone may be ours, the authors' or diffusers'; a pipeline is diffusers' of Lumina-Next.
     """
     rows = _installation() if path is None else _model(path, heads, experts_by)
     for name, value in rows:
@@ -67,11 +70,54 @@ def _installation() -> list[tuple[str, str]]:
 def _model(
     path: Path, heads: int | None, experts_by: Literal["time", "space"] | None
 ) -> list[tuple[str, str]]:
-    from nextdit_core.model_folder import CARD, CHECKPOINTS
+    from nextdit_core.lumina_pipeline import INDEX
+    from nextdit_core.model_folder import is_saved_model
 
-    if (path / CARD).is_file() or (path / CHECKPOINTS).is_dir():
+    if is_saved_model(path):
         return _saved_model(path)
+    if (path / INDEX).is_file():
+        return _pipeline(path, heads, experts_by)
     return _backbone(path, heads, experts_by)
+
+
+def _pipeline(
+    path: Path, heads: int | None, experts_by: Literal["time", "space"] | None
+) -> list[tuple[str, str]]:
+    """Describe a pipeline of Lumina-Next; weights are not read."""
+    from nextdit_core.lumina_pipeline import open_lumina
+    from nextdit_core.saved_model import build_parts
+
+    rows = _backbone(path, heads, experts_by)
+    try:
+        found = open_lumina(path)
+        modality, encoder = build_parts(found.card)
+    except UserError as error:  # the backbone is worth describing all the same
+        return [*rows, ("no pipeline", str(error))]
+    card = found.card
+    sampling = ", ".join(f"{key} {value}" for key, value in card.sampling.items())
+    return [
+        *rows,
+        ("modality", f"{card.modality} {dict(card.modality_options)}"),
+        ("default size", "x".join(map(str, modality.default_size))),
+        ("latents", _latents(card.modality_options)),
+        ("text encoder", f"{card.text_encoder} {dict(card.text_encoder_options)}"),
+        ("text features", f"{getattr(encoder, 'text_dim', '?')} wide"),
+        ("scheduler", str(found.scheduler)),
+        ("sampling", sampling),
+    ]
+
+
+def _latents(options: Mapping[str, Any]) -> str:
+    """Describe what the autoencoder of a modality makes."""
+    from nextdit_core.autoencoder import load_autoencoder
+
+    found = load_autoencoder(options["autoencoder"], options["autoencoder_options"])
+    latent = found.latent
+    numbers = [", ".join(f"{one:g}" for one in row) for row in (latent.scale, latent.shift)]
+    return (
+        f"{found.media_channels} channels to {latent.channels}, a cell for "
+        f"{'x'.join(map(str, latent.strides))}, scale {numbers[0]}, shift {numbers[1]}"
+    )
 
 
 def _backbone(
@@ -118,7 +164,7 @@ def _saved_model(path: Path) -> list[tuple[str, str]]:
         ("default size", "x".join(map(str, modality.default_size))),
         ("backbone", f"{count:,} parameters, {model.backbone.config}"),
         ("text encoder", f"{card.text_encoder} {dict(card.text_encoder_options)}, {learnt}"),
-        ("training steps", str(card.step)),
+        ("training steps", "unknown" if card.step is None else str(card.step)),
         ("sampling", sampling),
     ]
     return rows + [("prompt", prompt) for prompt in card.example_prompts[:10]]

@@ -12,6 +12,9 @@ import click
 from nextdit_core.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nextdit_core.extrapolation import Extrapolation
     from nextdit_core.pipeline import Pipeline
 
 __all__ = ["sample"]
@@ -30,18 +33,70 @@ __all__ = ["sample"]
 @click.option("--guidance", default=None, type=float, help="Guidance scale; 1 is none.")
 @click.option("--negative-prompt", default="", help="What guidance leads away from.")
 @click.option(
-    "--guidance-rule", default="cfg", show_default=True, help="cfg, cfg-zero*, apg, renorm."
+    "--guidance-rule",
+    default="cfg",
+    show_default=True,
+    help="cfg, cfg-zero*, apg, renorm or renorm-clip.",
+)
+@click.option(
+    "--guidance-from", default=0.0, show_default=True, help="Time of the first guidance; 0 = noise."
 )
 @click.option("--guidance-until", default=1.0, show_default=True, help="Time of the last guidance.")
-@click.option("--extrapolate", default=None, help="Beyond the trained size, such as time-aware.")
+@click.option(
+    "--guidance-channels",
+    default=None,
+    help="Channels of the latent that are guided, such as 0,1,2, or all; as the model says.",
+)
+@click.option(
+    "--zero-until", default=0.0, show_default=True, help="Stand still up to this time (CFG-Zero*)."
+)
+@click.option(
+    "--extrapolate",
+    default=None,
+    help="Beyond the trained size: time-aware, time-aware-watershed, frequency-aware, ntk, "
+    "interpolation, yarn, riflex, or extrapolation, which leaves positions as they are.",
+)
+@click.option("--trained-size", default=None, help="For --extrapolate; the model's default size.")
+@click.option(
+    "--extrapolate-by",
+    type=click.Choice(["axis", "area"]),
+    help="For --extrapolate: each axis by its own ratio (axis, the default), or all alike (area).",
+)
+@click.option("--watershed", type=float, help="For time-aware-watershed: where it switches; 0.3.")
+@click.option(
+    "--proportional/--no-proportional",
+    default=None,
+    help="For --extrapolate: scale attention by the token counts, as is the default.",
+)
 @click.option(
     "--context-drop",
     default="none",
     show_default=True,
     help="Attend to averages early on, such as 0.5:2: until t = 0.5, of 2x2 tokens.",
 )
+@click.option(
+    "--begin-from",
+    default=None,
+    type=click.Path(path_type=Path),
+    help="A file, such as a picture, to which noise is added; fitted to --size where given.",
+)
+@click.option(
+    "--start",
+    type=float,
+    help="For --begin-from: the time to begin at, in (0, 1); 0.4. 1 - start is the strength.",
+)
 @click.option("--batch", default=64, show_default=True, help="Samples computed together.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or mps.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the backbone's weights.",
+)
+@click.option("--text-encoder", default=None, help="For Lumina-Next, such as google/gemma-2b.")
+@click.option("--autoencoder", default=None, help="For Lumina-Next, such as stabilityai/sdxl-vae.")
+@click.option("--ema", is_flag=True, help="Take the authors' averaged weights.")
 def sample(
     model: Path,
     prompt: str,
@@ -55,39 +110,84 @@ def sample(
     guidance: float | None,
     negative_prompt: str,
     guidance_rule: str,
+    guidance_from: float,
     guidance_until: float,
+    guidance_channels: str | None,
+    zero_until: float,
     extrapolate: str | None,
+    trained_size: str | None,
+    extrapolate_by: str | None,
+    watershed: float | None,
+    proportional: bool | None,
     context_drop: str,
+    begin_from: Path | None,
+    start: float | None,
     batch: int,
     device: str,
+    dtype: str,
+    text_encoder: str | None,
+    autoencoder: str | None,
+    ema: bool,
 ) -> None:
-    """Sample MODEL (a run or a saved model) for PROMPT.
+    """Sample MODEL for PROMPT.
+
+    MODEL is a run, a saved model, or a diffusers pipeline of Lumina-Next; or OWNER/NAME of one on
+    the Hugging Face hub. The authors' Lumina-Next, or any backbone of it alone, needs
+    --text-encoder and --autoencoder.
 
     PROMPT may be the path of a text file with one prompt per line. With a file as --out, all
     samples go into it. With a folder, each gets a file of its own, and files that exist are
     not sampled again.
     """
+    import torch
+
     from nextdit_core.context_drop import ContextDrop
-    from nextdit_core.guidance import Guidance
     from nextdit_core.pipeline import Pipeline
     from nextdit_core.sampling_plan import check_sampling
 
     for name, value in (("--count", count), ("--batch", batch), ("--nfe", nfe)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; expected at least 1")
+    if start is not None and begin_from is None:
+        raise UserError("--start needs --begin-from FILE, to which the noise is added")
+    start = 0.0 if begin_from is None else 0.4 if start is None else start
+    if begin_from is not None and not 0.0 < start < 1.0:
+        raise UserError(f"--start is {start}; expected above 0, noise alone, and below 1, the file")
     drop = ContextDrop.parse(context_drop)
     prompts = _prompts(prompt)
-    extent = _size(size)
-    pipe = Pipeline.from_pretrained(model, device=device)
+    extent = _size("--size", size)
+    beyond = _extrapolation(
+        extrapolate,
+        {
+            "trained_size": _size("--trained-size", trained_size),
+            "by": extrapolate_by,
+            "watershed": watershed,
+            "proportional": proportional,
+        },
+    )
+    rule: dict[str, Any] = {
+        "rule": guidance_rule,
+        "interval": (guidance_from, guidance_until),
+        "zero_until": zero_until,
+    }
+    if guidance_channels is not None:
+        rule["channels"] = _channels(guidance_channels)
+    pipe = Pipeline.from_pretrained(
+        model,
+        device=device,
+        dtype=getattr(torch, dtype),
+        text_encoder=text_encoder,
+        autoencoder=autoencoder,
+        ema=ema,
+    )
     defaults = pipe.card.sampling
     check_sampling(
-        solver or defaults["solver"], schedule or defaults["schedule"], nfe or defaults["nfe"]
+        solver or defaults["solver"],
+        schedule or defaults["schedule"],
+        nfe or defaults["nfe"],
+        start=start,
     )
-    guided = Guidance(
-        defaults["guidance"] if guidance is None else guidance,
-        guidance_rule,
-        (0.0, guidance_until),
-    )
+    guided = pipe.guidance(guidance, **rule)
     if extent is not None:
         pipe.modality.positions(extent)
     suffix = pipe.modality.suffix
@@ -103,17 +203,25 @@ def sample(
     ]
     if not single:
         jobs = [job for job in jobs if not (target / _file(*job, suffix)).exists()]
+    latent = None
+    if begin_from is not None:
+        latent, extent = pipe.modality.encode(pipe.modality.read(begin_from, extent)), None
     options: dict[str, Any] = {
         "size": extent,
+        "start": start,
         "nfe": nfe,
         "solver": solver,
         "schedule": schedule,
         "guidance": guided,
-        "extrapolate": extrapolate,
+        "extrapolate": beyond,
         "negative_prompt": negative_prompt,
         "context_drop": drop,
     }
-    written = _draw(pipe, jobs, batch, options, target, single)
+    try:
+        written = _draw(pipe, jobs, batch, latent, options, target, single)
+    except FloatingPointError as error:  # flowsolvers.NotFiniteError
+        said = " ".join(str(error).split())
+        raise UserError(f"sampling in {dtype} came to no finite numbers: {said}") from error
     skipped = count * len(prompts) - len(jobs)
     note = f" ({skipped} were there before)" if skipped else ""
     click.echo(f"wrote {written} sample{'s' * (written != 1)} to {target}{note}")
@@ -123,6 +231,7 @@ def _draw(
     pipe: Pipeline,
     jobs: Sequence[tuple[str, int, int]],
     batch: int,
+    latent: Tensor | None,
     options: dict[str, Any],
     target: Path,
     single: bool,
@@ -136,7 +245,13 @@ def _draw(
     with Progress("sampling", len(jobs), unit="sample") as progress:
         for begin in range(0, len(jobs), batch):
             some = jobs[begin : begin + batch]
-            made = pipe([job[0] for job in some], seed=[job[1] for job in some], **options)
+            latents = None if latent is None else [latent] * len(some)
+            made = pipe(
+                [job[0] for job in some],
+                seed=[job[1] for job in some],
+                latents=latents,
+                **options,
+            )
             progress.to(begin + len(some))
             if single:
                 media += made
@@ -163,16 +278,40 @@ def _prompts(prompt: str) -> list[str]:
     return prompts
 
 
-def _size(text: str | None) -> tuple[int, ...] | None:
+def _size(name: str, text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     try:
         size = tuple(int(part) for part in text.lower().split("x"))
     except ValueError as error:
-        raise UserError(f"--size is {text!r}; expected whole numbers such as 16x16") from error
+        raise UserError(f"{name} is {text!r}; expected whole numbers such as 16x16") from error
     if min(size) < 1:
-        raise UserError(f"--size is {text!r}; expected numbers of at least 1")
+        raise UserError(f"{name} is {text!r}; expected numbers of at least 1")
     return size
+
+
+def _channels(text: str) -> list[int] | None:
+    if text == "all":
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(
+            f"--guidance-channels is {text!r}; expected numbers such as 0,1,2, or all"
+        ) from error
+
+
+def _extrapolation(method: str | None, settings: dict[str, Any]) -> Extrapolation | None:
+    from nextdit_core.extrapolation import Extrapolation
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    if method is not None:
+        return Extrapolation(method, **given)
+    if given:
+        named = {"by": "extrapolate-by", "trained_size": "trained-size"}
+        options = " and ".join(f"--{named.get(name, name)}" for name in given)
+        raise UserError(f"{options} needs --extrapolate METHOD, such as time-aware")
+    return None
 
 
 def _slug(prompt: str) -> str:

@@ -52,7 +52,8 @@ class TransformersTextEncoder(nn.Module):
 
     Args:
         model: A folder, or a name on the Hugging Face hub, such as "google/gemma-2b". Of a
-            diffusers pipeline its text encoder and tokenizer are taken.
+            diffusers pipeline its text encoder and tokenizer are taken, also where the folder
+            of that text encoder is named.
         subfolder: Where in it the language model is; its tokenizer is looked for beside
             "text_encoder..." in "tokenizer...". None means its root, or "text_encoder" of a
             diffusers pipeline.
@@ -112,6 +113,9 @@ class TransformersTextEncoder(nn.Module):
             subfolder = "text_encoder" if (root / "model_index.json").is_file() else ""
         self._subfolder, self._folder = subfolder, root / subfolder
         self._tokenizer_folder = root / subfolder.replace("text_encoder", "tokenizer")
+        if subfolder == "" and not any(any(root.glob(kind)) for kind in TOKENIZER):
+            beside = root.parent / root.name.replace("text_encoder", "tokenizer")
+            self._tokenizer_folder = beside  # a pipeline's text encoder was named itself
         if not self._tokenizer_folder.is_dir():
             self._tokenizer_folder = self._folder
         settings = self._folder / "config.json"
