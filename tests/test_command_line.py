@@ -94,6 +94,8 @@ def _error(run: subprocess.CompletedProcess[str]) -> str:
         (["dataset_options.split=dev"], ["'dev'", "train, test, all"]),
         (["dataset=folder", "dataset_options.path=nowhere"], ["nowhere is not a folder"]),
         (["device=cuda:x"], ["'device' is 'cuda:x'"]),
+        (["objective.prediction=nose"], ["'nose'", "'noise'"]),
+        (["objective.pth=vp"], ["unknown recipe key 'objective.pth'", "accepted: objective.path"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -153,6 +155,24 @@ def test_train_sample_and_info_work_one_by_one(nextdit: Run, recipe: Path, tmp_p
     assert "torch" in run.stdout
 
 
+def test_a_model_that_predicts_noise_is_trained_sampled_and_told_apart(
+    nextdit: Run, recipe: Path, tmp_path: Path
+) -> None:
+    run = nextdit("train", str(recipe), "objective.path=vp", "objective.prediction=noise")
+    assert run.returncode == 0, run.stderr
+    prompt = "a handwritten seven"
+    for name, options in (("ode.png", []), ("sde.png", ["--sde", "sigma:0.5"])):
+        run = nextdit("sample", "run", prompt, "--out", name, *options)
+        assert run.returncode == 0, run.stderr
+    assert (tmp_path / "ode.png").read_bytes() != (tmp_path / "sde.png").read_bytes()
+    assert "noise on the vp path" in nextdit("info", "run").stdout
+    line = _error(nextdit("train", str(recipe), "objective.prediction=noise"))
+    assert "holds a run with objective.path = 'vp'" in line
+    line = _error(nextdit("convert", "run", "out", "--to", "diffusers"))
+    assert "predicts noise on the vp path" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_samples_is_completed_and_not_made_again(
     nextdit: Run, trained: Path, tmp_path: Path
 ) -> None:
@@ -175,6 +195,8 @@ def test_a_folder_of_samples_is_completed_and_not_made_again(
     [
         (["--solver", "eulre"], "accepted, closest first: euler,"),
         (["--schedule", "shfit:4"], "shift"),
+        (["--sde", "sgima"], "accepted, closest first: sigma"),
+        (["--sde", "sigma", "--solver", "heun"], "--solver is of the ODE"),
         (["--nfe", "0"], "--nfe is 0; expected at least 1"),
         (["--count", "0"], "--count is 0"),
         (["--size", "15x16"], "multiples of 4"),

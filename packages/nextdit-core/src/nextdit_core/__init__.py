@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from nextdit_core.extrapolation import Extrapolation
     from nextdit_core.guidance import Guidance
     from nextdit_core.modality import Modality, Size
+    from nextdit_core.objective import FlowMatching
     from nextdit_core.pipeline import Pipeline
     from nextdit_core.recipe import Recipe
+    from nextdit_core.sde import SDE
     from nextdit_core.text_encoders import FrozenTextEncoder, TextEncoder
     from nextdit_core.tokens import Tokens
     from nextdit_core.training.run import train
@@ -37,11 +39,13 @@ _HOMES = {
     "Example": "dataset",
     "UserError": "errors",
     "Extrapolation": "extrapolation",
+    "FlowMatching": "objective",
     "Guidance": "guidance",
     "Modality": "modality",
     "Size": "modality",
     "Pipeline": "pipeline",
     "Recipe": "recipe",
+    "SDE": "sde",
     "FrozenTextEncoder": "text_encoders",
     "TextEncoder": "text_encoders",
     "Tokens": "tokens",
@@ -51,6 +55,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "SDE",
     "Conditioning",
     "ContextDrop",
     "Dataset",
@@ -58,6 +63,7 @@ __all__ = [
     "Example",
     "Extrapolation",
     "FinalLayer",
+    "FlowMatching",
     "FrozenTextEncoder",
     "Guidance",
     "Modality",

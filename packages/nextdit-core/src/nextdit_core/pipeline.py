@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import flowsolvers
+from nextdit_core.backbone import PreparedConditioning
 from nextdit_core.checkpoints.hub import local_path
 from nextdit_core.conditioning import Conditioning
 from nextdit_core.context_drop import ContextDrop
@@ -20,9 +21,10 @@ from nextdit_core.extrapolation import Extrapolation
 from nextdit_core.flow_model import FlowModel
 from nextdit_core.guidance import Guidance
 from nextdit_core.modality import Modality, Size
-from nextdit_core.packed_velocity import PackedVelocity
+from nextdit_core.packed_prediction import PackedPrediction
 from nextdit_core.sampling_plan import check_sampling, named_schedule
 from nextdit_core.saved_model import ModelCard, load_model
+from nextdit_core.sde import SDE
 from nextdit_core.tokens import Tokens
 from nextdit_core.training.draws import generator
 
@@ -90,6 +92,7 @@ class Pipeline:
         context_drop: ContextDrop | str | None = None,
         latents: Sequence[Tensor] | None = None,
         start: float = 0.0,
+        sde: SDE | str | None = None,
         output: Literal["media", "latent"] = "media",
         on_step: Callable[[flowsolvers.Reached[Tensor]], object] | None = None,
         progress: Callable[[int], None] | None = None,
@@ -116,6 +119,8 @@ class Pipeline:
             start: Time at which to begin, in [0, 1), 0 = noise. Above 0, latents are data, to
                 which this much of each sample's noise is added first; 1 - start is known as
                 strength.
+            sde: Sample with noise on the way, such as `SDE("sigma")` or "sigma:0.5", in `nfe`
+                steps of Euler and Maruyama's method; None follows the ODE with `solver`.
             output: "media", or "latent" to leave out the decoding.
             on_step: Called with a `flowsolvers.Reached` at each step's end; its x are packed
                 tokens, and it can stop.
@@ -141,12 +146,19 @@ class Pipeline:
             else Guidance(sampling["guidance"] if guidance is None else guidance)
         )
         drop = ContextDrop.parse(context_drop) if isinstance(context_drop, str) else context_drop
-        solve = {
+        solve: dict[str, Any] = {
             "solver": sampling["solver"] if solver is None else solver,
             "schedule": sampling["schedule"] if schedule is None else schedule,
             "nfe": sampling["nfe"] if nfe is None else nfe,
         }
-        check_sampling(**solve, start=start)
+        objective = self.card.objective
+        begin_at, end_at = max(start, objective.sampling_times[0]), objective.sampling_times[1]
+        if start and not start < end_at:
+            raise UserError(f"start is {start}; expected less than {end_at}, where sampling ends")
+        check_sampling(**solve, start=begin_at, end=end_at)
+        sde = SDE.parse(sde) if isinstance(sde, str) else sde
+        if sde is not None and (solver is not None or on_step is not None):
+            raise UserError("solver and on_step are of the ODE; leave them out, or leave out sde")
         if isinstance(extrapolate, str):
             extrapolate = Extrapolation(extrapolate)
         options: dict[str, Any] = {}
@@ -157,16 +169,30 @@ class Pipeline:
         velocity = self._velocity(
             prompts, noise, guided, negative_prompt, drop or ContextDrop(()), options
         )
-        result = flowsolvers.solve(
-            velocity,
-            begin,
-            nfe=solve["nfe"],
-            solver=solve["solver"],
-            schedule=named_schedule(solve["schedule"]),
-            start=start,
-            on_step=_told(on_step, progress),
-        )
-        samples = noise.with_values(result.x).split()
+        grid = named_schedule(solve["schedule"])
+        if sde is not None:
+            x = sde.sample(
+                velocity if progress is None else _Counted(velocity, progress),
+                begin,
+                lengths=noise.lengths,
+                seeds=seeds,
+                nfe=solve["nfe"],
+                schedule=grid,
+                path=objective.curve,
+                start=begin_at,
+            )
+        else:
+            x = flowsolvers.solve(
+                velocity,
+                begin,
+                nfe=solve["nfe"],
+                solver=solve["solver"],
+                schedule=grid,
+                start=begin_at,
+                end=end_at,
+                on_step=_told(on_step, progress),
+            ).x
+        samples = noise.with_values(x).split()
         found = [
             self.modality.detokenize(values.float().cpu(), one)
             for values, one in zip(samples, sizes, strict=True)
@@ -211,7 +237,9 @@ class Pipeline:
             return noise.values
         given = torch.cat([self.modality.tokenize(one.float()) for one in latents])
         given = given.to(noise.values)
-        return given if not start else start * given + (1.0 - start) * noise.values
+        if not start:
+            return given
+        return self.card.objective.curve.interpolate(given, noise.values, start)
 
     def _velocity(
         self,
@@ -230,11 +258,34 @@ class Pipeline:
             asked = [*prompts, *[negative_prompt] * len(prompts)] if guided else prompts
             condition = encoder(asked)
         prepared = backbone.prepare(condition)
-        alone = PackedVelocity(backbone, prepared.first(noise.batch), noise, drop, options)
+
+        def velocity(text: PreparedConditioning, layout: Tokens) -> flowsolvers.Velocity:
+            return self.card.objective.velocity(
+                PackedPrediction(backbone, text, layout, drop, options)
+            )
+
+        alone = velocity(prepared.first(noise.batch), noise)
         if not guided:
             return alone
-        both = PackedVelocity(backbone, prepared, Tokens.pack([noise, noise]), drop, options)
+        both = velocity(prepared, Tokens.pack([noise, noise]))
         return guidance.velocity(both, alone, noise.lengths)
+
+
+class _Counted:
+    """A velocity that tells how often it was evaluated."""
+
+    takes_context = True
+
+    def __init__(self, velocity: flowsolvers.Velocity, progress: Callable[[int], None]) -> None:
+        self.velocity, self.progress, self.count = velocity, progress, 0
+
+    def __call__(
+        self, t: Tensor, x: Tensor, *, context: flowsolvers.Context | None = None
+    ) -> Tensor:
+        found = flowsolvers.evaluate(self.velocity, t, x, context)
+        self.count += 1
+        self.progress(self.count)
+        return found
 
 
 def _told(

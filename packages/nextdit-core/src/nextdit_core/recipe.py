@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from nextdit_core.config import SIZES
 from nextdit_core.errors import UserError, unknown_name
 
-__all__ = ["OptimizerRecipe", "Recipe", "SamplingRecipe", "SizesRecipe"]
+__all__ = ["ObjectiveRecipe", "OptimizerRecipe", "Recipe", "SamplingRecipe", "SizesRecipe"]
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -86,6 +86,23 @@ class OptimizerRecipe(_Section):
     grad_clip: Positive = 2.0
 
 
+class ObjectiveRecipe(_Section):
+    """What the backbone learns to predict, and along which path.
+
+    Args:
+        path: "linear" (α = t, σ = 1 - t), "gvp" (sin and cos of πt/2) or "vp" (variance-preserving
+            diffusion).
+        prediction: "velocity", "noise", "score" or "data".
+        weighting: Of the squared error: "none", that of the prediction, a score counting as the
+            noise -σ·score; "velocity", that of the velocity that it becomes; "likelihood", with
+            which the loss bounds the likelihood.
+    """
+
+    path: Literal["linear", "gvp", "vp"] = "linear"
+    prediction: Literal["velocity", "noise", "score", "data"] = "velocity"
+    weighting: Literal["none", "velocity", "likelihood"] = "none"
+
+
 class SamplingRecipe(_Section):
     """How the trained model is sampled unless a request says otherwise.
 
@@ -118,6 +135,7 @@ class Recipe(_Section):
             is encoded once; may be shared by runs.
         model: Sizes of the backbone.
         optimizer: AdamW and its schedule.
+        objective: What is predicted, along which path, and how errors weigh.
         sampling: Defaults for sampling the result.
         steps: Optimiser steps in all.
         batch_tokens: Tokens in one global batch, over all workers.
@@ -152,6 +170,7 @@ class Recipe(_Section):
     text_cache: Annotated[str, Field(min_length=1)] | None = None
     model: SizesRecipe = SizesRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
+    objective: ObjectiveRecipe = ObjectiveRecipe()
     sampling: SamplingRecipe = SamplingRecipe()
     steps: Count = 1000
     batch_tokens: Count = 1024

@@ -8,7 +8,9 @@ from nextdit_core.errors import UserError
 __all__ = ["check_sampling", "named_schedule"]
 
 
-def check_sampling(solver: str, schedule: str, nfe: int, *, start: float = 0.0) -> flowsolvers.Plan:
+def check_sampling(
+    solver: str, schedule: str, nfe: int, *, start: float = 0.0, end: float = 1.0
+) -> flowsolvers.Plan:
     """Resolve the names that a recipe or a request gives.
 
     Args:
@@ -16,6 +18,7 @@ def check_sampling(solver: str, schedule: str, nfe: int, *, start: float = 0.0) 
         schedule: A flowsolvers time grid, or "auto" for the solver's own.
         nfe: Velocity evaluations.
         start: Time at which to begin, in [0, 1).
+        end: Time at which to end.
 
     Returns:
         The plan.
@@ -24,7 +27,9 @@ def check_sampling(solver: str, schedule: str, nfe: int, *, start: float = 0.0) 
         UserError: A name is unknown or the budget is not possible.
     """
     try:
-        return flowsolvers.plan(solver, nfe=nfe, schedule=named_schedule(schedule), start=start)
+        return flowsolvers.plan(
+            solver, nfe=nfe, schedule=named_schedule(schedule), start=start, end=end
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
 

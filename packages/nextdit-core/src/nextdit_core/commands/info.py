@@ -107,6 +107,7 @@ def _saved_model(path: Path) -> list[tuple[str, str]]:
         ("backbone", f"{count:,} parameters, {model.backbone.config}"),
         ("text encoder", f"{card.text_encoder} {dict(card.text_encoder_options)}, {learnt}"),
         ("training steps", str(card.step)),
+        ("predicts", str(card.objective)),
         ("sampling", sampling),
     ]
     return rows + [("prompt", prompt) for prompt in card.example_prompts[:10]]

@@ -27,6 +27,7 @@ __all__ = ["sample"]
 @click.option("--nfe", default=None, type=int, help="Velocity evaluations per sample.")
 @click.option("--solver", default=None, help="A flowsolvers solver.")
 @click.option("--schedule", default=None, help="A flowsolvers time grid, such as shift:4.")
+@click.option("--sde", default=None, help="Sample with noise, such as sigma or sbdm:0.5.")
 @click.option("--guidance", default=None, type=float, help="Guidance scale; 1 is none.")
 @click.option("--negative-prompt", default="", help="What guidance leads away from.")
 @click.option(
@@ -52,6 +53,7 @@ def sample(
     nfe: int | None,
     solver: str | None,
     schedule: str | None,
+    sde: str | None,
     guidance: float | None,
     negative_prompt: str,
     guidance_rule: str,
@@ -71,17 +73,26 @@ def sample(
     from nextdit_core.guidance import Guidance
     from nextdit_core.pipeline import Pipeline
     from nextdit_core.sampling_plan import check_sampling
+    from nextdit_core.sde import SDE
 
     for name, value in (("--count", count), ("--batch", batch), ("--nfe", nfe)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; expected at least 1")
     drop = ContextDrop.parse(context_drop)
+    stochastic = None if sde is None else SDE.parse(sde)
+    if sde is not None and solver is not None:
+        raise UserError("--solver is of the ODE; leave it or --sde out")
     prompts = _prompts(prompt)
     extent = _size(size)
     pipe = Pipeline.from_pretrained(model, device=device)
     defaults = pipe.card.sampling
+    first, last = pipe.card.objective.sampling_times
     check_sampling(
-        solver or defaults["solver"], schedule or defaults["schedule"], nfe or defaults["nfe"]
+        solver or defaults["solver"],
+        schedule or defaults["schedule"],
+        nfe or defaults["nfe"],
+        start=first,
+        end=last,
     )
     guided = Guidance(
         defaults["guidance"] if guidance is None else guidance,
@@ -108,6 +119,7 @@ def sample(
         "nfe": nfe,
         "solver": solver,
         "schedule": schedule,
+        "sde": stochastic,
         "guidance": guided,
         "extrapolate": extrapolate,
         "negative_prompt": negative_prompt,

@@ -23,6 +23,7 @@ from nextdit_core.flow_model import FlowModel
 from nextdit_core.folder import new_folder
 from nextdit_core.modality import Modality, load_modality
 from nextdit_core.model_folder import check_format
+from nextdit_core.objective import FlowMatching
 from nextdit_core.progress import Progress
 from nextdit_core.recipe import Recipe
 from nextdit_core.sampling_plan import check_sampling
@@ -30,8 +31,8 @@ from nextdit_core.saved_model import ModelCard, load_parts, write_model
 from nextdit_core.text_encoders import load_text_encoder
 from nextdit_core.text_encoders.cached import CachedTextEncoder
 from nextdit_core.training.activations import checkpoint_blocks
+from nextdit_core.training.batch import batch_loss, make_batch
 from nextdit_core.training.draws import draw, time_shift
-from nextdit_core.training.objective import batch_loss
 from nextdit_core.training.plan import Batch, batches_from, epoch_plan, micro_batches, rank_slice
 from nextdit_core.training.run_folder import RunFolder
 from nextdit_core.training.runtime import Runtime
@@ -51,6 +52,7 @@ class Ingredients:
     modality: Modality
     data: TokenDataset
     config: NextDiTConfig
+    objective: FlowMatching
     text_encoder_options: Mapping[str, Any]
 
     def new_model(self) -> FlowModel:
@@ -69,6 +71,7 @@ class Ingredients:
             text_encoder=recipe.text_encoder,
             text_encoder_options=self.text_encoder_options,
             sampling=recipe.sampling.model_dump(),
+            objective=self.objective,
             step=step,
             example_prompts=sorted(set(self.data.captions))[:20],
         )
@@ -86,7 +89,10 @@ def prepare(recipe: Recipe) -> Ingredients:
     Raises:
         UserError: A name is unknown, an option is wrong, or sizes do not fit.
     """
-    check_sampling(recipe.sampling.solver, recipe.sampling.schedule, recipe.sampling.nfe)
+    objective = FlowMatching(**recipe.objective.model_dump())
+    sampling = recipe.sampling
+    first, last = objective.sampling_times
+    check_sampling(sampling.solver, sampling.schedule, sampling.nfe, start=first, end=last)
     time_shift(recipe.time_shift, 1)
     modality = load_modality(recipe.modality, recipe.modality_options)
     encoder: Any = _text_encoder(recipe)
@@ -98,7 +104,7 @@ def prepare(recipe: Recipe) -> Ingredients:
     )
     data = TokenDataset(load_dataset(recipe.dataset, recipe.dataset_options), modality)
     epoch_plan(data.lengths, recipe.batch_tokens, recipe.seed, 0)
-    return Ingredients(recipe, modality, data, config, encoder.options)
+    return Ingredients(recipe, modality, data, config, objective, encoder.options)
 
 
 def _text_encoder(recipe: Recipe) -> nn.Module:
@@ -250,7 +256,8 @@ def _rank_loss(
         )
         for index in indices
     ]
-    return batch_loss(model, data, indices, draws, total, device)
+    batch = make_batch(parts.objective, data, indices, draws, device)
+    return batch_loss(model, parts.objective, batch, total)
 
 
 def _parallel(model: FlowModel, runtime: Runtime) -> nn.Module:

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import time
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,12 +103,14 @@ class RunFolder:
 
     def _check_same(self, recipe: Recipe) -> None:
         try:
-            before = tomllib.loads(self.recipe_file.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
+            # Through a recipe, so that keys which are newer than the run have their defaults.
+            before = Recipe.load(self.recipe_file)
+        except UserError as error:
             raise UserError(
-                f"{self.recipe_file} is damaged: {error}; choose another folder: out=..."
+                f"{self.recipe_file} is damaged, or of a newer nextdit-core: {error}; choose "
+                f"another folder: out=..."
             ) from error
-        before, now = _flat(before), _flat(recipe.to_dict())
+        before, now = _flat(before.to_dict()), _flat(recipe.to_dict())
         for key in sorted(before.keys() | now.keys()):
             if key.split(".")[0] not in MAY_CHANGE and before.get(key) != now.get(key):
                 raise UserError(
