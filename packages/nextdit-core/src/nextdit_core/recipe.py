@@ -151,6 +151,8 @@ class Recipe(_Section):
         ema_decay: Decay of the weight average; it starts lower and rises to this.
         precision: "float32", or "bfloat16" autocast.
         log_every: Steps between two reports.
+        peak_tflops: What one device can do, in 10¹² operations a second, for the utilisation (MFU);
+            looked up for known GPUs in bfloat16 when left out.
         checkpoint_every: Steps between two checkpoints.
         keep_checkpoints: How many of the newest checkpoints stay on disk.
         engine: Name of an installed engine.
@@ -183,6 +185,7 @@ class Recipe(_Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     precision: Literal["float32", "bfloat16"] = "float32"
     log_every: Count = 10
+    peak_tflops: Positive | None = None
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2
     engine: str = "local"

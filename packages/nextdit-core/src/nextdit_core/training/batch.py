@@ -56,21 +56,28 @@ def make_batch(
     Returns:
         The batch.
     """
-    clean = torch.cat([data.values[i] for i in indices]).to(device)
-    noise = torch.cat([draw.noise for draw in draws]).to(device)
+    clean = _send(torch.cat([data.values[i] for i in indices]), device)
+    noise = _send(torch.cat([draw.noise for draw in draws]), device)
     lengths = tuple(len(data.values[i]) for i in indices)
     t = torch.tensor([objective.time(draw.t) for draw in draws], dtype=torch.float32)
-    token_t = t.repeat_interleave(torch.tensor(lengths))[:, None].to(device)
+    token_t = _send(t.repeat_interleave(torch.tensor(lengths))[:, None], device)
     tokens = Tokens(
         objective.curve.interpolate(clean, noise, token_t),
-        torch.cat([data.positions[i] for i in indices]).to(device),
+        _send(torch.cat([data.positions[i] for i in indices]), device),
         lengths,
     )
     prompts = [
         "" if draw.drop_caption else data.captions[i]
         for i, draw in zip(indices, draws, strict=True)
     ]
-    return TrainingBatch(tokens, t.to(device), prompts, clean, noise, token_t)
+    return TrainingBatch(tokens, _send(t, device), prompts, clean, noise, token_t)
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device without waiting for what it computes meanwhile."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def batch_loss(

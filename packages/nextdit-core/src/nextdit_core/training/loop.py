@@ -33,10 +33,13 @@ from nextdit_core.text_encoders.cached import CachedTextEncoder
 from nextdit_core.training.activations import checkpoint_blocks
 from nextdit_core.training.batch import batch_loss, make_batch
 from nextdit_core.training.draws import draw, time_shift
+from nextdit_core.training.flops import FlopMeter
+from nextdit_core.training.peak import peak_tflops
 from nextdit_core.training.plan import Batch, batches_from, epoch_plan, micro_batches, rank_slice
 from nextdit_core.training.run_folder import RunFolder
 from nextdit_core.training.runtime import Runtime
 from nextdit_core.training.state import TrainState, learning_rate
+from nextdit_core.training.throughput import Throughput
 
 __all__ = ["Ingredients", "prepare", "train"]
 
@@ -147,27 +150,34 @@ def train(recipe: Recipe, runtime: Runtime) -> None:
     walk = batches_from(
         parts.data.lengths, recipe.batch_tokens, recipe.seed, state.epoch, state.batch
     )
+    meter = FlopMeter(state.model.backbone, text_learns=_text_learns(state.model))
+    rates = Throughput(_peak(recipe, runtime))
     pending: list[tuple[dict[str, Any], Tensor]] = []
     while state.step < recipe.steps:
-        epoch, index, batch = next(walk)
+        with rates.making_data():
+            epoch, index, batch = next(walk)
         rate = learning_rate(recipe.optimizer, state.step, recipe.steps)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        loss = _backward(model, parts, epoch, batch, runtime, precision)
+        loss = _backward(model, parts, epoch, batch, runtime, precision, rates)
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), recipe.optimizer.grad_clip)
         state.update(norm)
         state.step, state.epoch, state.batch = state.step + 1, epoch, index + 1
         state.update_average(recipe.ema_decay)
+        done = meter.take() if rank_slice(batch, runtime.rank, runtime.world_size) else 0
+        rates.step(len(batch), sum(parts.data.lengths[one] for one in batch), done)
         row = {"step": state.step, "epoch": epoch, "lr": rate}
         pending.append((row, torch.stack([loss, norm.to(loss) / runtime.world_size])))
 
         last = state.step == recipe.steps
         save = last or state.step % recipe.checkpoint_every == 0
         if save or state.step % recipe.log_every == 0:
-            stop = _flush(pending, state, run, runtime)
+            stop, speed = _flush(pending, state, run, runtime, rates)
             written = _save(state, parts, run, runtime) if save or stop else None
-            runtime.report({"step": float(state.step), "loss": _last_loss(pending)}, written)
+            now = {"step": float(state.step), "loss": _last_loss(pending)}
+            runtime.report(now | speed, written)
             pending.clear()
+            rates.resume()
             if stop and not last:
                 if runtime.rank == 0:
                     run.event("stop", step=state.step)
@@ -212,6 +222,7 @@ def _backward(
     batch: Batch,
     runtime: Runtime,
     precision: AbstractContextManager[object],
+    rates: Throughput,
 ) -> Tensor:
     """Add up the gradients of this rank's share of one global batch, and give its loss."""
     own: Sequence[int] = rank_slice(batch, runtime.rank, runtime.world_size)
@@ -227,7 +238,7 @@ def _backward(
             reduce = model.no_sync()
         with reduce:
             with precision:
-                loss = _rank_loss(model, parts, epoch, some, total, runtime.device) * weight
+                loss = _rank_loss(model, parts, epoch, some, total, runtime.device, rates) * weight
             # The wrapper averages over ranks; the ranks' losses add up to the batch's.
             (loss * runtime.world_size).backward()
         losses.append(loss.detach())
@@ -241,23 +252,36 @@ def _rank_loss(
     indices: Sequence[int],
     total: int,
     device: torch.device,
+    rates: Throughput,
 ) -> Tensor:
     """Compute the loss of some samples, as a share of a batch of `total` tokens."""
     recipe, data = parts.recipe, parts.data
-    draws = [
-        draw(
-            recipe.seed,
-            epoch,
-            index,
-            data.values[index].shape,
-            time_distribution=recipe.time_distribution,
-            shift=recipe.time_shift,
-            caption_dropout=recipe.caption_dropout,
-        )
-        for index in indices
-    ]
-    batch = make_batch(parts.objective, data, indices, draws, device)
+    with rates.making_data():
+        draws = [
+            draw(
+                recipe.seed,
+                epoch,
+                index,
+                data.values[index].shape,
+                time_distribution=recipe.time_distribution,
+                shift=recipe.time_shift,
+                caption_dropout=recipe.caption_dropout,
+            )
+            for index in indices
+        ]
+        batch = make_batch(parts.objective, data, indices, draws, device)
     return batch_loss(model, parts.objective, batch, total)
+
+
+def _text_learns(model: FlowModel) -> bool:
+    encoder = model.text_encoder
+    return encoder is not None and any(one.requires_grad for one in encoder.parameters())
+
+
+def _peak(recipe: Recipe, runtime: Runtime) -> float | None:
+    """Say what all devices of the run can do, where that is known."""
+    one = recipe.peak_tflops or peak_tflops(runtime.device, recipe.precision)
+    return None if one is None else one * runtime.world_size
 
 
 def _parallel(model: FlowModel, runtime: Runtime) -> nn.Module:
@@ -281,16 +305,23 @@ def _flush(
     state: TrainState,
     run: RunFolder,
     runtime: Runtime,
-) -> bool:
+    rates: Throughput,
+) -> tuple[bool, dict[str, float]]:
     """Sum the pending numbers over the ranks, write them, and agree on whether to stop.
 
-    A step whose gradients were not finite was left out; that is written too.
+    A step whose gradients were not finite was left out; that is written too. The rates of the
+    steps since the last report stand in the last row, and end where the numbers are read: there
+    the host has to wait for the device, whatever is measured.
     """
-    stop = torch.tensor([float(runtime.stop_requested())] * 2, device=runtime.device)
-    values = torch.stack([*(numbers for _, numbers in pending), stop])
+    own = [float(runtime.stop_requested()), float(rates.flops)]
+    values = torch.stack(
+        [*(numbers for _, numbers in pending), torch.tensor(own, device=runtime.device)]
+    )
     if runtime.world_size > 1:
         dist.all_reduce(values)
-    *numbers, (stops, _) = values.tolist()
+    *numbers, (stops, flops) = values.tolist()
+    speed = rates.numbers(flops)
+    pending[-1][0].update(speed)
     for (row, _), (loss, norm) in zip(pending, numbers, strict=True):
         row |= {"loss": loss, "grad_norm": norm}
         if math.isfinite(loss) and math.isfinite(norm):
@@ -307,7 +338,7 @@ def _flush(
             )
     if runtime.rank == 0:
         run.append(row for row, _ in pending)
-    return stops > 0
+    return stops > 0, speed
 
 
 def _last_loss(pending: list[tuple[dict[str, Any], Tensor]]) -> float:

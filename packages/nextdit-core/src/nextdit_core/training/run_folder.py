@@ -32,6 +32,7 @@ MAY_CHANGE = {
     "steps",
     "sampling",
     "log_every",
+    "peak_tflops",
     "checkpoint_every",
     "keep_checkpoints",
     "engine",
