@@ -173,6 +173,29 @@ def test_a_model_that_predicts_noise_is_trained_sampled_and_told_apart(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_is_tuned_from_another(
+    nextdit: Run, recipe: Path, trained: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    sizes = "model = { width = 32, layers = 1, heads = 2 }\n"
+    recipe.write_text(recipe.read_text().replace(sizes, ""))
+    for out, options in (("all", []), ("few", ["lora.rank=2", 'lora.targets=["wq", "w2"]'])):
+        run = nextdit("train", str(recipe), f"out={out}", f"init_from={trained}", *options)
+        assert run.returncode == 0, run.stderr
+        run = nextdit("sample", out, "a handwritten seven", "--out", f"{out}.png")
+        assert run.returncode == 0, run.stderr
+    assert (tmp_path / "few/checkpoints/step_00000006/adapter/adapter_config.json").is_file()
+    for override, parts in (
+        ("text_encoder_options.text_dim=32", ["'text_dim': 16", "weights of other sizes"]),
+        ("model.width=64", ["width is 32", "[model] makes it 64"]),
+        ("init_from=nowhere", ["init_from: there is no file or folder nowhere"]),
+        ("lora.rnk=3", ["unknown recipe key 'lora.rnk'", "accepted: lora.rank"]),
+    ):
+        line = _error(nextdit("train", str(recipe), "out=other", f"init_from={trained}", override))
+        assert [part for part in parts if part not in line] == [], line
+        assert not (tmp_path / "other").exists()
+
+
 def test_a_folder_of_samples_is_completed_and_not_made_again(
     nextdit: Run, trained: Path, tmp_path: Path
 ) -> None:

@@ -99,10 +99,10 @@ def _input_learns(backbone: NextDiT, name: str, kind: str, *, text_learns: bool)
     def learns(*modules: nn.Module) -> bool:
         return any(one.requires_grad for module in modules for one in module.parameters())
 
-    if name.startswith(("x_embedder", "t_embedder.mlp.0")):
-        return False
     if "lora_B" in parts:
         return True
+    if name.startswith(("x_embedder", "t_embedder.mlp.0")):
+        return False
     if kind == "text_token":
         layer = backbone.blocks[int(parts[1])]
         return text_learns or learns(layer.attention_y_norm)

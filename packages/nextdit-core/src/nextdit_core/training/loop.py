@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nextdit_core.backbone import NextDiT
+from nextdit_core.checkpoints.checkpoint import open_checkpoint
+from nextdit_core.checkpoints.shards import load_weights, save_weights
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.dataset import TokenDataset, load_dataset
 from nextdit_core.errors import UserError
@@ -34,10 +36,12 @@ from nextdit_core.training.activations import checkpoint_blocks
 from nextdit_core.training.batch import batch_loss, make_batch
 from nextdit_core.training.draws import draw, time_shift
 from nextdit_core.training.flops import FlopMeter
+from nextdit_core.training.lora import add_adapters, check_adapters, merged, save_adapter
 from nextdit_core.training.peak import peak_tflops
 from nextdit_core.training.plan import Batch, batches_from, epoch_plan, micro_batches, rank_slice
 from nextdit_core.training.run_folder import RunFolder
 from nextdit_core.training.runtime import Runtime
+from nextdit_core.training.start import GivenWeights, check_sizes
 from nextdit_core.training.state import TrainState, learning_rate
 from nextdit_core.training.throughput import Throughput
 
@@ -45,6 +49,9 @@ __all__ = ["Ingredients", "prepare", "train"]
 
 #: So many steps in a row whose gradients are not finite end a run.
 _PATIENCE = 10
+
+#: The averaged adapters of a checkpoint.
+AVERAGE = "average.safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,22 @@ class Ingredients:
     config: NextDiTConfig
     objective: FlowMatching
     text_encoder_options: Mapping[str, Any]
+    given: GivenWeights | None = None
 
     def new_model(self) -> FlowModel:
-        """Build the model with the initial weights of the recipe's seed."""
+        """Build the model that a run starts with: of given weights, else of the seed's."""
         recipe = self.recipe
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            return FlowModel(NextDiT(self.config), _text_encoder(recipe))
+            if self.given is None:
+                model = FlowModel(NextDiT(self.config), _text_encoder(recipe))
+            else:
+                encoder = _text_encoder(recipe)
+                model = FlowModel(self.given.read(encoder), encoder)
+            if recipe.lora is not None:
+                model.requires_grad_(False)
+                add_adapters(model.backbone, recipe.lora)
+        return model
 
     def card(self, step: int) -> ModelCard:
         """Describe the model after some steps."""
@@ -99,15 +115,30 @@ def prepare(recipe: Recipe) -> Ingredients:
     time_shift(recipe.time_shift, 1)
     modality = load_modality(recipe.modality, recipe.modality_options)
     encoder: Any = _text_encoder(recipe)
-    config = NextDiTConfig(
-        token_dim=modality.token_dim,
-        axes=modality.axes,
-        text_dim=encoder.text_dim,
-        **recipe.model.to_fields(),
-    )
+    needed = {
+        "token_dim": modality.token_dim,
+        "axes": modality.axes,
+        "text_dim": encoder.text_dim,
+    }
+    given = None
+    if recipe.init_from is None:
+        config = NextDiTConfig(**needed, **recipe.model.to_fields())
+    else:
+        newest = RunFolder(recipe.out).newest()
+        if newest is None:
+            given = GivenWeights.open(recipe.init_from)
+            given.check(recipe, encoder, objective)
+            config = given.checkpoint.config
+        else:  # a run that stands somewhere goes on from there
+            config = open_checkpoint(newest).config
+        check_sizes(config, needed, recipe.model)
+    if recipe.lora is not None:
+        if recipe.init_from is None:
+            raise UserError("lora adapts given weights; say which: init_from=...")
+        check_adapters(recipe.lora, config)
     data = TokenDataset(load_dataset(recipe.dataset, recipe.dataset_options), modality)
     epoch_plan(data.lengths, recipe.batch_tokens, recipe.seed, 0)
-    return Ingredients(recipe, modality, data, config, objective, encoder.options)
+    return Ingredients(recipe, modality, data, config, objective, encoder.options, given)
 
 
 def _text_encoder(recipe: Recipe) -> nn.Module:
@@ -132,11 +163,14 @@ def train(recipe: Recipe, runtime: Runtime) -> None:
     parts = prepare(recipe)
     run = RunFolder(recipe.out)
     state = TrainState.fresh(parts.new_model().to(runtime.device), recipe.optimizer)
-    _resume(state, run)
+    _resume(state, run, lora=recipe.lora is not None)
     workers = _workers(runtime)
     if runtime.rank == 0:
         run.rewind(state.step)
         run.event("start", step=state.step, steps=recipe.steps, workers=workers)
+        if parts.given is not None:
+            place = parts.given.checkpoint
+            run.event("init_from", place=str(place.place), layout=place.layout.value)
     if not _fill_text_cache(state.model.text_encoder, parts, run, runtime):
         return
     if recipe.checkpoint_activations:
@@ -348,11 +382,16 @@ def _last_loss(pending: list[tuple[dict[str, Any], Tensor]]) -> float:
 def _save(state: TrainState, parts: Ingredients, run: RunFolder, runtime: Runtime) -> Path:
     path = run.checkpoint(state.step)
     if runtime.rank == 0:
+        lora = parts.recipe.lora
         with new_folder(path) as folder:
             weights = {**state.model.state_dict(), **state.average}
-            write_model(folder, weights, parts.config, parts.card(state.step))
+            whole = weights if lora is None else merged(weights, lora)
+            write_model(folder, whole, parts.config, parts.card(state.step))
             (folder / "training").mkdir()
             state.save(folder / "training")
+            if lora is not None:  # the model above does not tell them from the weights
+                save_weights(folder / "training" / AVERAGE, state.average)
+                save_adapter(folder / "adapter", weights, lora, parts.recipe.init_from)
         run.prune(parts.recipe.keep_checkpoints)
         run.event("checkpoint", step=state.step)
     if runtime.world_size > 1:
@@ -360,10 +399,13 @@ def _save(state: TrainState, parts: Ingredients, run: RunFolder, runtime: Runtim
     return path
 
 
-def _resume(state: TrainState, run: RunFolder) -> None:
+def _resume(state: TrainState, run: RunFolder, *, lora: bool) -> None:
     newest = run.newest()
     if newest is None:
         return
     check_format(newest)
-    average = load_parts(newest, state.model, torch.device("cpu"))
+    if lora:
+        average = load_weights(newest / "training" / AVERAGE, torch.device("cpu"))
+    else:
+        average = load_parts(newest, state.model, torch.device("cpu"))
     state.load(newest / "training", average)
