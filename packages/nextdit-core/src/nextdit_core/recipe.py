@@ -182,6 +182,8 @@ class Recipe(_Section):
         ema_decay: Decay of the weight average; it starts lower and rises to this.
         precision: "float32", or "bfloat16" autocast.
         log_every: Steps between two reports.
+        tensorboard: Also write the numbers of `metrics.jsonl` to an event log, in the folder
+            `tensorboard` of the run.
         peak_tflops: What one device can do, in 10¹² operations a second, for the utilisation (MFU);
             looked up for known GPUs in bfloat16 when left out.
         checkpoint_every: Steps between two checkpoints.
@@ -218,6 +220,7 @@ class Recipe(_Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     precision: Literal["float32", "bfloat16"] = "float32"
     log_every: Count = 10
+    tensorboard: bool = False
     peak_tflops: Positive | None = None
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2

@@ -34,6 +34,7 @@ from nextdit_core.text_encoders import load_text_encoder
 from nextdit_core.text_encoders.cached import CachedTextEncoder
 from nextdit_core.training.activations import checkpoint_blocks
 from nextdit_core.training.batch import batch_loss, make_batch
+from nextdit_core.training.board import Board, check_board
 from nextdit_core.training.draws import draw, time_shift
 from nextdit_core.training.flops import FlopMeter
 from nextdit_core.training.lora import add_adapters, check_adapters, merged, save_adapter
@@ -113,6 +114,8 @@ def prepare(recipe: Recipe) -> Ingredients:
     first, last = objective.sampling_times
     check_sampling(sampling.solver, sampling.schedule, sampling.nfe, start=first, end=last)
     time_shift(recipe.time_shift, 1)
+    if recipe.tensorboard:
+        check_board()
     modality = load_modality(recipe.modality, recipe.modality_options)
     encoder: Any = _text_encoder(recipe)
     needed = {
@@ -175,6 +178,21 @@ def train(recipe: Recipe, runtime: Runtime) -> None:
         return
     if recipe.checkpoint_activations:
         checkpoint_blocks(state.model.backbone)
+    board = None
+    if recipe.tensorboard and runtime.rank == 0:
+        board = Board(run.board_folder, state.step)
+    try:
+        _steps(state, parts, run, board, runtime)
+    finally:
+        if board is not None:
+            board.close()
+
+
+def _steps(
+    state: TrainState, parts: Ingredients, run: RunFolder, board: Board | None, runtime: Runtime
+) -> None:
+    """Take one step after the other, until the last or until a stop."""
+    recipe = parts.recipe
     model = _parallel(state.model, runtime)
     precision = (
         torch.autocast(runtime.device.type, torch.bfloat16)
@@ -206,7 +224,7 @@ def train(recipe: Recipe, runtime: Runtime) -> None:
         last = state.step == recipe.steps
         save = last or state.step % recipe.checkpoint_every == 0
         if save or state.step % recipe.log_every == 0:
-            stop, speed = _flush(pending, state, run, runtime, rates)
+            stop, speed = _flush(pending, state, run, board, runtime, rates)
             written = _save(state, parts, run, runtime) if save or stop else None
             now = {"step": float(state.step), "loss": _last_loss(pending)}
             runtime.report(now | speed, written)
@@ -338,6 +356,7 @@ def _flush(
     pending: list[tuple[dict[str, Any], Tensor]],
     state: TrainState,
     run: RunFolder,
+    board: Board | None,
     runtime: Runtime,
     rates: Throughput,
 ) -> tuple[bool, dict[str, float]]:
@@ -371,7 +390,10 @@ def _flush(
                 f"{run.path}"
             )
     if runtime.rank == 0:
-        run.append(row for row, _ in pending)
+        rows = [row for row, _ in pending]
+        run.append(rows)
+        if board is not None:
+            board.write(rows)
     return stops > 0, speed
 
 

@@ -3,6 +3,7 @@
 recipe.toml      the settings, as resolved
 metrics.jsonl    one row per optimiser step
 events.jsonl     starts (with the workers' process ids), checkpoints, stops
+tensorboard/     the same numbers, where the recipe asks for them
 failure.txt      why the last start ended, where another try would fail in the same way
 checkpoints/     step_00000100/, ... : each a saved model with a training/ folder inside
 """
@@ -33,6 +34,7 @@ MAY_CHANGE = {
     "sampling",
     "log_every",
     "peak_tflops",
+    "tensorboard",
     "checkpoint_every",
     "keep_checkpoints",
     "engine",
@@ -66,6 +68,7 @@ class RunFolder:
         self.events_file = self.path / "events.jsonl"
         self.stop_file = self.path / "stop-requested"
         self.failure_file = self.path / "failure.txt"
+        self.board_folder = self.path / "tensorboard"
 
     def open(self, recipe: Recipe) -> None:
         """Make the folder, or check that it belongs to this recipe.
