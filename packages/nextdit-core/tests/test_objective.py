@@ -210,7 +210,10 @@ def test_sde_samples_depend_on_their_seed_and_not_on_the_batch(recipe: Make) -> 
         ({"sde": "sigma:lots"}, r"'sigma:lots'; expected FORM or FORM:SCALE"),
         ({"sde": "sigma:-1"}, r"sde: scale"),
         ({"sde": "sigma", "solver": "heun"}, "solver and on_step are of the ODE"),
-        ({"sde": "sigma", "latents": [torch.zeros(4, 2)], "start": 0.97}, r"sde: start must be in"),
+        (
+            {"sde": "sigma", "latents": [torch.zeros(4, 2)], "start": 0.97},
+            r"sde: start is 0.97; expected less than 0.96",
+        ),
     ],
 )
 def test_bad_requests_are_refused(recipe: Make, options: dict[str, Any], message: str) -> None:

@@ -159,6 +159,8 @@ class Pipeline:
         sde = SDE.parse(sde) if isinstance(sde, str) else sde
         if sde is not None and (solver is not None or on_step is not None):
             raise UserError("solver and on_step are of the ODE; leave them out, or leave out sde")
+        if sde is not None and not begin_at < 1.0 - sde.last_size:
+            raise UserError(f"sde: start is {start}; expected less than {1.0 - sde.last_size:g}")
         if isinstance(extrapolate, str):
             extrapolate = Extrapolation(extrapolate)
         options: dict[str, Any] = {}
