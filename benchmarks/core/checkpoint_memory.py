@@ -70,8 +70,8 @@ def main() -> int:
         "without → with checkpointing. Kept: storages that autograd saves for the backward pass, "
         "those of parameters left out. Peak: the largest resident size of the process during one "
         "forward and backward pass (VmHWM, reset before it), less the size before it, when "
-        "weights, gradients and inputs were there; the larger of 2 fresh processes. Time: CPU time of one "
-        "thread, "
+        "weights, gradients and inputs were there; the larger of 2 fresh processes. Time: CPU "
+        "time of one thread, "
         f"medians of interleaved rounds ({options.rounds}, for 600m "
         f"{few_rounds(options.rounds)}), and the median of their ratios."
     )
