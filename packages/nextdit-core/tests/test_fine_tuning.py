@@ -210,6 +210,25 @@ def test_a_backbone_of_every_layout_is_a_start(
     assert Pipeline.from_pretrained(folder, device="cpu").model.backbone.config.width == 32
 
 
+def test_a_saved_model_of_the_hub_is_a_start_with_its_text_encoder(
+    recipe: Make, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Laid out as huggingface_hub's cache is after a download."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    given = _weights(base)
+    home = tmp_path / "cache" / "models--someone--dots"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("0" * 40)
+    (home / "snapshots").mkdir()
+    base.rename(home / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    options = {"init_from": "someone/dots", "model": {}, "steps": 1, "optimizer": {"lr": 1e-30}}
+    found = _raw(train(recipe(out=str(tmp_path / "tuned"), **options)))
+    assert found.keys() == given.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
+
+
 def test_fine_tuning_goes_on_where_the_model_stood(recipe: Make, tmp_path: Path) -> None:
     base = train(recipe(out=str(tmp_path / "long"), steps=150, checkpoint_every=150, log_every=50))
     first = [row["loss"] for row in RunFolder(tmp_path / "long").rows()][:12]
