@@ -199,9 +199,8 @@ def _steps(
         if recipe.precision == "bfloat16"
         else nullcontext()
     )
-    walk = batches_from(
-        parts.data.lengths, recipe.batch_tokens, recipe.seed, state.epoch, state.batch
-    )
+    lengths = parts.data.lengths
+    walk = batches_from(lengths, recipe.batch_tokens, recipe.seed, state.epoch, state.batch)
     meter = FlopMeter(state.model.backbone, text_learns=_text_learns(state.model))
     rates = Throughput(_peak(recipe, runtime))
     pending: list[tuple[dict[str, Any], Tensor]] = []
@@ -217,7 +216,7 @@ def _steps(
         state.step, state.epoch, state.batch = state.step + 1, epoch, index + 1
         state.update_average(recipe.ema_decay)
         done = meter.take() if rank_slice(batch, runtime.rank, runtime.world_size) else 0
-        rates.step(len(batch), sum(parts.data.lengths[one] for one in batch), done)
+        rates.step(len(batch), sum(lengths[one] for one in batch), done)
         row = {"step": state.step, "epoch": epoch, "lr": rate}
         pending.append((row, torch.stack([loss, norm.to(loss) / runtime.world_size])))
 
