@@ -23,7 +23,7 @@ from nextdit_core import Conditioning, NextDiT, NextDiTConfig, Tokens
 from nextdit_core.training.activations import checkpoint_blocks
 
 #: Name of the sizes, and rows and columns of the one sample.
-CASES = (("86m", 32, 32), ("600m", 32, 32))
+CASES = (("86m", 32, 32), ("600m", 16, 32))
 TEXT_DIM, TEXT_TOKENS, TOKEN_DIM = 2048, 128, 16
 MIB = 2**20
 
@@ -33,11 +33,15 @@ Batch = tuple[Tokens, torch.Tensor, Conditioning]
 def main() -> int:
     parser = summary.options("Memory and time of gradient checkpointing on the CPU.", rounds=5)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--keep", type=Path, help="file of measurements, which are not made again")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.measure:
         print(json.dumps(memory(*json.loads(options.measure))))
         return 0
+    kept = {}
+    if options.keep and options.keep.is_file():
+        kept = json.loads(options.keep.read_text())
     rows = [
         (
             *("size", "parameters", "tokens", "weights and gradients, MiB"),
@@ -45,14 +49,17 @@ def main() -> int:
         )
     ]
     for name, height, width in CASES:
-        plain, less = (
-            measured(name, height, width, checkpointed=checkpointed)
-            for checkpointed in (False, True)
-        )
-        rounds = options.rounds if name == "86m" else few_rounds(options.rounds)
-        seconds = times(name, height, width, rounds)
+        case = f"{name} {height}x{width}"
+        if case not in kept:
+            rounds = options.rounds if name == "86m" else few_rounds(options.rounds)
+            kept[case] = [
+                *(measured(name, height, width, checkpointed=one) for one in (False, True)),
+                times(name, height, width, rounds),
+            ]
+            if options.keep:
+                options.keep.write_text(json.dumps(kept))
+        plain, less, seconds = kept[case]
         ratio = statistics.median(b / a for a, b in zip(*seconds, strict=True))
-        print(name, height, width, plain, less, seconds, file=sys.stderr)
         rows.append(
             (
                 *(name, f"{plain['parameters']:,}", str(height * width)),
