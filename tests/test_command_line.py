@@ -94,6 +94,8 @@ def _error(run: subprocess.CompletedProcess[str]) -> str:
         (["dataset_options.split=dev"], ["'dev'", "train, test, all"]),
         (["dataset=folder", "dataset_options.path=nowhere"], ["nowhere is not a folder"]),
         (["device=cuda:x"], ["'device' is 'cuda:x'"]),
+        (["objective.prediction=nose"], ["'nose'", "'noise'"]),
+        (["objective.pth=vp"], ["unknown recipe key 'objective.pth'", "accepted: objective.path"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
@@ -153,6 +155,47 @@ def test_train_sample_and_info_work_one_by_one(nextdit: Run, recipe: Path, tmp_p
     assert "torch" in run.stdout
 
 
+def test_a_model_that_predicts_noise_is_trained_sampled_and_told_apart(
+    nextdit: Run, recipe: Path, tmp_path: Path
+) -> None:
+    run = nextdit("train", str(recipe), "objective.path=vp", "objective.prediction=noise")
+    assert run.returncode == 0, run.stderr
+    prompt = "a handwritten seven"
+    for name, options in (("ode.png", []), ("sde.png", ["--sde", "sigma:0.5"])):
+        run = nextdit("sample", "run", prompt, "--out", name, *options)
+        assert run.returncode == 0, run.stderr
+    assert (tmp_path / "ode.png").read_bytes() != (tmp_path / "sde.png").read_bytes()
+    assert "noise on the vp path" in nextdit("info", "run").stdout
+    line = _error(nextdit("train", str(recipe), "objective.prediction=noise"))
+    assert "holds a run with objective.path = 'vp'" in line
+    line = _error(nextdit("convert", "run", "out", "--to", "diffusers"))
+    assert "predicts noise on the vp path" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_is_tuned_from_another(
+    nextdit: Run, recipe: Path, trained: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    sizes = "model = { width = 32, layers = 1, heads = 2 }\n"
+    recipe.write_text(recipe.read_text().replace(sizes, ""))
+    for out, options in (("all", []), ("few", ["lora.rank=2", 'lora.targets=["wq", "w2"]'])):
+        run = nextdit("train", str(recipe), f"out={out}", f"init_from={trained}", *options)
+        assert run.returncode == 0, run.stderr
+        run = nextdit("sample", out, "a handwritten seven", "--out", f"{out}.png")
+        assert run.returncode == 0, run.stderr
+    assert (tmp_path / "few/checkpoints/step_00000006/adapter/adapter_config.json").is_file()
+    for override, parts in (
+        ("text_encoder_options.text_dim=32", ["'text_dim': 16", "weights of other sizes"]),
+        ("model.width=64", ["width is 32", "[model] makes it 64"]),
+        ("init_from=nowhere", ["init_from: there is no file or folder nowhere"]),
+        ("lora.rnk=3", ["unknown recipe key 'lora.rnk'", "accepted: lora.rank"]),
+    ):
+        line = _error(nextdit("train", str(recipe), "out=other", f"init_from={trained}", override))
+        assert [part for part in parts if part not in line] == [], line
+        assert not (tmp_path / "other").exists()
+
+
 def test_a_folder_of_samples_is_completed_and_not_made_again(
     nextdit: Run, trained: Path, tmp_path: Path
 ) -> None:
@@ -175,6 +218,8 @@ def test_a_folder_of_samples_is_completed_and_not_made_again(
     [
         (["--solver", "eulre"], "accepted, closest first: euler,"),
         (["--schedule", "shfit:4"], "shift"),
+        (["--sde", "sgima"], "accepted, closest first: sigma"),
+        (["--sde", "sigma", "--solver", "heun"], "--solver is of the ODE"),
         (["--nfe", "0"], "--nfe is 0; expected at least 1"),
         (["--count", "0"], "--count is 0"),
         (["--size", "15x16"], "multiples of 4"),

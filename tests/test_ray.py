@@ -116,3 +116,41 @@ def test_frozen_text_is_cached_by_all_workers_from_relative_folders(
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
     events = (tmp_path / "local" / "events.jsonl").read_text()
     assert '"made": 0, "captions": 11' in events
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["all weights", "lora"])
+def test_tuning_on_two_workers_is_tuning_on_one_with_one_log(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: dict[str, Any] | None
+) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="tensorboard is not installed",
+    )
+    from nextdit_core import Recipe, train
+
+    monkeypatch.chdir(tmp_path)
+    values = tomllib.loads(recipe.read_text()) | {"steps": 5, "engine": "local", "workers": 1}
+    train(Recipe.from_dict(values | {"out": "base"}))
+    del values["model"]
+    values |= {"init_from": "base", "tensorboard": True, "steps": 10}
+    if lora is not None:
+        values["lora"] = lora
+    rows = []
+    for engine, workers in (("ray", 2), ("local", 1)):
+        train(Recipe.from_dict(values | {"out": engine, "engine": engine, "workers": workers}))
+        run = tmp_path / engine
+        rows.append([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+        assert len(list((run / "tensorboard").iterdir())) == 1  # the first worker's
+        log = accumulator.EventAccumulator(str(run / "tensorboard"))
+        log.Reload()
+        shown = {event.step: event.value for event in log.Scalars("train/loss")}
+        assert shown == pytest.approx(_curve(run), rel=1e-6)
+    assert [row["loss"] for row in rows[0]] == pytest.approx(
+        [row["loss"] for row in rows[1]], abs=1e-5
+    )
+    done = [
+        [row["tflops"] * row["step_seconds"] for row in some if "tflops" in row] for some in rows
+    ]
+    assert len(done[0]) == 2
+    assert done[0] == pytest.approx(done[1], rel=1e-4)  # of all workers together

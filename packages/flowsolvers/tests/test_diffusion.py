@@ -174,6 +174,40 @@ def test_one_seed_gives_one_sample():
     assert not torch.equal(sample(3), sample(4))
 
 
+def test_noise_may_come_from_a_function():
+    velocity, _ = mixture()
+    x0 = torch.randn(8, 2, dtype=torch.float64)
+    source = torch.Generator().manual_seed(3)
+
+    def noise(x):
+        return torch.randn(x.shape, generator=source, dtype=x.dtype)
+
+    ours = fs.sample_sde(velocity, x0, nfe=9, generator=noise)
+    assert torch.equal(
+        ours, fs.sample_sde(velocity, x0, nfe=9, generator=torch.Generator().manual_seed(3))
+    )
+
+
+@pytest.mark.parametrize("start", [0.001, 0.4])
+def test_it_may_start_at_any_time(start):
+    """From x_t itself, the marginals further on are the mixture's."""
+    velocity, draw = mixture()
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randn(4096, 2, dtype=torch.float64, generator=generator)
+    begin = start * draw(4096, generator) + (1 - start) * x0
+    times = []
+
+    def noted(t, x):
+        times.append(t.item())
+        return velocity(t, x)
+
+    x1 = fs.sample_sde(noted, begin, nfe=100, generator=generator, start=start)
+    a, b = draw(4096, generator), draw(4096, generator)
+    assert sliced_w2(x1, a) < 1.5 * sliced_w2(a, b) + 0.02
+    assert times[0] == pytest.approx(start)
+    assert len(times) == 100
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -183,6 +217,9 @@ def test_one_seed_gives_one_sample():
         ({"scale": math.nan}, "scale"),
         ({"last_step": "mena"}, "closest first: mean"),
         ({"last_size": 0.0}, "last_size"),
+        ({"start": 0.96}, "start must be in"),
+        ({"start": -0.1}, "start must be in"),
+        ({"generator": lambda x: x[:1]}, r"noise returned shape \(1,\)"),
     ],
 )
 def test_bad_settings_are_refused(options, message):

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 import rope3d
 from nextdit_core import Conditioning, ContextDrop, NextDiT, NextDiTConfig, Tokens
 from nextdit_core.arrangement import arrange
-from nextdit_core.packed_velocity import PackedVelocity
+from nextdit_core.packed_prediction import PackedPrediction
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_padded_rows_are_sampled(model: NextDiT, random: torch.Generator) -> Non
     t = torch.tensor(0.4)
     with torch.no_grad():
         velocities = [
-            PackedVelocity(model, text, tokens, ContextDrop(()), {"pad_to": pad_to})
+            PackedPrediction(model, text, tokens, ContextDrop(()), {"pad_to": pad_to})
             for pad_to in (None, 24)
         ]
         packed, padded = (velocity(t, tokens.values) for velocity in velocities)

@@ -29,7 +29,7 @@ from nextdit_core import (
     PreparedConditioning,
     Tokens,
 )
-from nextdit_core.packed_velocity import PackedVelocity
+from nextdit_core.packed_prediction import PackedPrediction
 
 DEVICE = torch.device("meta")
 #: What makes a tensor out of nothing but numbers of the host.
@@ -164,8 +164,8 @@ def test_no_step_copies_reads_or_waits(
     prepared = model.prepare(_text(5, 3, 1, 1))
 
     no_drop = ContextDrop(())
-    both = PackedVelocity(model, prepared, Tokens.pack([one, one]), no_drop, options)
-    alone = PackedVelocity(model, prepared.first(2), one, no_drop, options)
+    both = PackedPrediction(model, prepared, Tokens.pack([one, one]), no_drop, options)
+    alone = PackedPrediction(model, prepared.first(2), one, no_drop, options)
     guided = Guidance(3.0).velocity(both, alone, one.lengths)
     crossings: list[list[str]] = []
     with torch.no_grad(), watched() as watch:
@@ -189,7 +189,7 @@ def test_what_a_step_makes_anew_does_not_grow_with_the_layers(
     def made(layers: int) -> Counter[str]:
         model = _model(layers=layers)
         prepared = model.prepare(_text(5, 3))
-        velocity = PackedVelocity(model, prepared, one, ContextDrop(()), {})
+        velocity = PackedPrediction(model, prepared, one, ContextDrop(()), {})
         t = torch.empty((), device=DEVICE)
         with torch.no_grad():
             velocity(t, one.values)
@@ -246,7 +246,7 @@ def test_angles_are_computed_once_unless_they_follow_the_time(
                 choice["rope"] = model.rope.extrapolate(method, scale=scale, trained=(1, 4, 4))
             expected = model(tokens, t, prepared, **choice)
             calls.clear()
-            velocity = PackedVelocity(model, prepared, tokens, ContextDrop(()), choice)
+            velocity = PackedPrediction(model, prepared, tokens, ContextDrop(()), choice)
             found = [velocity(t[0], values) for _ in range(3)]
             assert len(calls) == count
             assert all((one - expected).abs().max() <= 1e-6 for one in found)

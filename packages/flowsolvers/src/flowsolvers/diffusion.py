@@ -7,6 +7,7 @@ dx = (v + w·s) dt + √(2w) dW, for any w(t) >= 0, with s the score, which v de
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeAlias, cast, get_args
@@ -85,13 +86,14 @@ def sample_sde(
     x0: Tensor,
     *,
     nfe: int,
-    generator: torch.Generator,
+    generator: torch.Generator | Callable[[Tensor], Tensor],
     form: DiffusionForm = "sigma",
     scale: float = 1.0,
     last_step: LastStep = "mean",
     last_size: float = 0.04,
     schedule: Schedule | None = None,
     path: Path | None = None,
+    start: float = 0.0,
 ) -> Tensor:
     """Sample the stochastic equation with the flow's marginals, by Euler and Maruyama's method.
 
@@ -102,14 +104,17 @@ def sample_sde(
         velocity: `velocity(t, x) -> dx/dt`, as for `solve`; it is given the context.
         x0: Noise, any shape, floating point.
         nfe: Velocity evaluations and steps, at least 1.
-        generator: Source of the noise, on x0's device.
+        generator: Source of the noise, on x0's device; or a function that is given the state and
+            returns noise of its shape and dtype, such as one with a generator for each sample.
         form: Of w(t), as for `diffusion_coefficient`.
         scale: c of w(t); `decreasing` is free of noise at no c, the others are at 0.
         last_step: From 1 - last_size to 1. `mean`: a step without noise, v + w·s. `euler`: one
             along v. `tweedie`: the prediction of the data; on the linear path that is `euler`.
         last_size: Length of the last step, in (0, 1).
-        schedule: Spreads the other steps over [0, 1 - last_size]; `uniform()` when None.
+        schedule: Spreads the other steps over [start, 1 - last_size]; `uniform()` when None.
         path: That the velocity was trained on; `Linear()` when None.
+        start: Time of x0, in [0, 1 - last_size): above 0 where x0 is data with some noise, or where
+            the velocity is not finite at 0.
 
     Returns:
         The state at t=1, shaped like x0.
@@ -134,12 +139,14 @@ def sample_sde(
     """
     if not x0.is_floating_point():
         raise ValueError(f"x0 must be floating point, got {x0.dtype}; convert it with x0.float()")
-    if generator.device.type != x0.device.type:
+    if isinstance(generator, torch.Generator) and generator.device.type != x0.device.type:
         raise ValueError(
             f"the generator is on {generator.device}, x0 on {x0.device}; make it with "
             f"torch.Generator({str(x0.device)!r})"
         )
-    rows = _rows(nfe, form, scale, last_step, last_size, schedule or uniform(), path or Linear())
+    rows = _rows(
+        nfe, form, scale, last_step, last_size, schedule or uniform(), path or Linear(), start
+    )
     state, model = torch.float64 if x0.dtype == torch.float64 else torch.float32, x0.dtype
     clock = torch.tensor([row.context.t for row in rows], dtype=state, device=x0.device).unbind()
     x = x0.to(state)
@@ -152,9 +159,20 @@ def sample_sde(
             )
         x = (x * row.of_x).add_(v.to(state), alpha=row.of_v)
         if row.of_noise:
-            noise = torch.randn(x.shape, generator=generator, dtype=state, device=x.device)
-            x.add_(noise, alpha=row.of_noise)
+            x.add_(_noise(x, generator), alpha=row.of_noise)
     return x
+
+
+def _noise(x: Tensor, generator: torch.Generator | Callable[[Tensor], Tensor]) -> Tensor:
+    if isinstance(generator, torch.Generator):
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    noise = generator(x)
+    if noise.shape != x.shape:
+        raise ValueError(
+            f"the source of noise returned shape {tuple(noise.shape)} for a state of shape "
+            f"{tuple(x.shape)}; they must be the same"
+        )
+    return noise.to(x)
 
 
 @dataclass(frozen=True)
@@ -175,17 +193,23 @@ def _rows(
     last_size: float,
     schedule: Schedule,
     path: Path,
+    start: float,
 ) -> list[_Row]:
     _check_name("last_step", last_step, LastStep)
     if nfe < 1:
         raise ValueError(f"nfe must be at least 1, got {nfe!r}")
     if not 0.0 < last_size < 1.0:
         raise ValueError(f"last_size must be in (0, 1), got {last_size!r}")
+    if not 0.0 <= start < 1.0 - last_size:
+        raise ValueError(
+            f"start must be in [0, 1 - last_size = {1.0 - last_size:g}), got {start!r}"
+        )
     diffusion_coefficient(form, 0.5, scale, path)  # refuses a bad form or scale
     if nfe == 1:
-        times = [0.0, 1.0]
+        times = [start, 1.0]
     else:
-        times = [(1.0 - last_size) * t for t in schedule.grid(nfe - 1)] + [1.0]
+        length = 1.0 - last_size - start
+        times = [start + length * t for t in schedule.grid(nfe - 1)] + [1.0]
     rows: list[_Row] = []
     for i, (t, t_next) in enumerate(pairwise(times)):
         h, is_last = t_next - t, i + 1 == nfe

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
+from flowsolvers.paths import Linear, Path
 from flowsolvers.plan import Plan
 from flowsolvers.program import End, Point
 from flowsolvers.states import Leaves, State, cast, each, flatten, unflatten
@@ -62,21 +63,28 @@ class Reached(Generic[State]):
     steps: int
     evaluations: int
     stopped: bool = False
-    _latest: Callable[[], State] | None = field(default=None, repr=False)
+    _latest: Callable[[Path], State] | None = field(default=None, repr=False)
 
     def stop(self) -> None:
         """End the solve here; its solution is the state as it is now."""
         self.stopped = True
 
-    def data(self) -> State:
-        """Predict the data from the latest evaluation, x + (1 - t)·v: a preview for nothing.
+    def data(self, path: Path | None = None) -> State:
+        """Predict the data from the latest evaluation: a preview for nothing.
+
+        Args:
+            path: Of the flow; None is the straight one, whose prediction is x + (1 - t)·v.
 
         Returns:
-            Shaped like x; on paths other than the straight one it is not the prediction.
+            Shaped like x.
+
+        Raises:
+            ValueError: There is none: no evaluation was made yet, or the plan keeps neither
+                velocities nor predictions of the data.
         """
         if self._latest is None:
             raise ValueError("no evaluation has been made yet, so there is no prediction")
-        return self._latest()
+        return self._latest(path or Linear())
 
 
 def finite(x: Leaves) -> bool:
@@ -209,15 +217,19 @@ class Observer:
             )
         return cast(leaves, old[0].dtype)
 
-    def _data(self) -> Any:
+    def _data(self, path: Path) -> Any:
         assert self._latest is not None
         point, at, kept = self._latest
-        sigma = 1.0 - point.row.t
-        if point.keep == (1.0, sigma):
-            found = [leaf.clone() for leaf in each(kept)]
-        elif point.keep is None:
-            pairs = zip(each(at), each(kept), strict=True)
-            found = [x.add(v, alpha=sigma) for x, v in pairs]
+        t, sigma = point.row.t, 1.0 - point.row.t
+        straight = isinstance(path, Linear)
+        points, values = each(at), each(kept)
+        if point.keep == (1.0, sigma) and straight:
+            found = [value.clone() for value in values]
+        elif point.keep is None or (point.keep == (1.0, sigma) and sigma):
+            if point.keep is not None:
+                values = [(d - x) / sigma for d, x in zip(values, points, strict=True)]
+            pairs = zip(values, points, strict=True)
+            found = [path.convert(v, t, x, "velocity", "data") for v, x in pairs]
         else:
             raise ValueError("this plan keeps neither velocities nor predictions of the data")
         return unflatten(found[0] if isinstance(at, Tensor) else found, self._spec)

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from nextdit_core.final_layer import FinalLayer
     from nextdit_core.guidance import Guidance
     from nextdit_core.modality import Modality, Size
+    from nextdit_core.objective import FlowMatching
     from nextdit_core.pipeline import Pipeline
     from nextdit_core.prepared_conditioning import PreparedConditioning
     from nextdit_core.recipe import Recipe
+    from nextdit_core.sde import SDE
     from nextdit_core.step import Step
     from nextdit_core.text_encoders import FrozenTextEncoder, TextEncoder
     from nextdit_core.tokens import Tokens
@@ -45,12 +47,14 @@ _HOMES = {
     "watch_routing": "experts",
     "Extrapolation": "extrapolation",
     "FinalLayer": "final_layer",
+    "FlowMatching": "objective",
     "Guidance": "guidance",
     "Modality": "modality",
     "Size": "modality",
     "Pipeline": "pipeline",
     "PreparedConditioning": "prepared_conditioning",
     "Recipe": "recipe",
+    "SDE": "sde",
     "Step": "step",
     "FrozenTextEncoder": "text_encoders",
     "TextEncoder": "text_encoders",
@@ -61,6 +65,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "SDE",
     "Autoencoder",
     "Conditioning",
     "ContextDrop",
@@ -69,6 +74,7 @@ __all__ = [
     "Example",
     "Extrapolation",
     "FinalLayer",
+    "FlowMatching",
     "FrozenTextEncoder",
     "Guidance",
     "LatentSpec",

@@ -20,6 +20,7 @@ from nextdit_core.autoencoder import load_autoencoder
 from nextdit_core.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from nextdit_core.checkpoints.hub import PIPELINE_CLASSES
 from nextdit_core.checkpoints.load import read_backbone
+from nextdit_core.checkpoints.save import PATCH_SIZE, SAMPLE_SIZE
 from nextdit_core.errors import UserError
 from nextdit_core.flow_model import FlowModel
 from nextdit_core.folder import read_object
@@ -166,7 +167,7 @@ def _card(
 ) -> ModelCard:
     options = {"model": autoencoder}
     latent = load_autoencoder("kl-image", options).latent
-    patch = checkpoint.patch_size
+    patch = checkpoint.config.patch_size or PATCH_SIZE
     channels = checkpoint.config.token_dim / patch**2
     if channels != latent.channels:
         raise UserError(
@@ -174,7 +175,7 @@ def _card(
             f"autoencoder {autoencoder} makes latents of {latent.channels} channels; give the one "
             f"that the backbone was trained with"
         )
-    side = checkpoint.sample_size * latent.strides[0]
+    side = (checkpoint.config.sample_size or SAMPLE_SIZE) * latent.strides[0]
     sampling: dict[str, Any] = {
         "nfe": NFE,
         "solver": "auto",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import flowsolvers
+from nextdit_core.backbone import PreparedConditioning
 from nextdit_core.checkpoints.hub import local_path
 from nextdit_core.conditioning import Conditioning
 from nextdit_core.context_drop import ContextDrop
@@ -23,9 +24,10 @@ from nextdit_core.guidance import Guidance
 from nextdit_core.lumina_pipeline import load_lumina
 from nextdit_core.modality import Modality, Size
 from nextdit_core.model_folder import is_saved_model
-from nextdit_core.packed_velocity import PackedVelocity
+from nextdit_core.packed_prediction import PackedPrediction
 from nextdit_core.sampling_plan import check_sampling, named_schedule
 from nextdit_core.saved_model import ModelCard, load_model, write_model
+from nextdit_core.sde import SDE
 from nextdit_core.step import Step, stream
 from nextdit_core.tokens import Tokens
 from nextdit_core.training.draws import generator
@@ -162,6 +164,7 @@ class Pipeline:
         context_drop: ContextDrop | str | None = None,
         latents: Sequence[Tensor] | None = None,
         start: float = 0.0,
+        sde: SDE | str | None = None,
         output: Literal["media", "tensor", "latent"] = "media",
         on_step: Callable[[Step], object] | None = None,
         progress: Callable[[int], None] | None = None,
@@ -190,6 +193,8 @@ class Pipeline:
             start: Time at which to begin, in [0, 1), 0 = noise. Above 0, latents are data, to
                 which this much of each sample's noise is added first; 1 - start is known as
                 strength.
+            sde: Sample with noise on the way, such as `SDE("sigma")` or "sigma:0.5", in `nfe`
+                steps of Euler and Maruyama's method; None follows the ODE with `solver`.
             output: "media"; "tensor", the numbers of media, such as pixels in [-1, 1], unrounded;
                 or "latent", to leave out the decoding.
             on_step: Called with a `Step` at each step's end: the latents, a preview, and a way
@@ -221,12 +226,21 @@ class Pipeline:
         sampling = self.card.sampling
         guided = guidance if isinstance(guidance, Guidance) else self.guidance(guidance)
         drop = ContextDrop.parse(context_drop) if isinstance(context_drop, str) else context_drop
-        solve = {
+        solve: dict[str, Any] = {
             "solver": sampling["solver"] if solver is None else solver,
             "schedule": sampling["schedule"] if schedule is None else schedule,
             "nfe": sampling["nfe"] if nfe is None else nfe,
         }
-        check_sampling(**solve, start=start)
+        objective = self.card.objective
+        begin_at, end_at = max(start, objective.sampling_times[0]), objective.sampling_times[1]
+        if start and not start < end_at:
+            raise UserError(f"start is {start}; expected less than {end_at}, where sampling ends")
+        check_sampling(**solve, start=begin_at, end=end_at)
+        sde = SDE.parse(sde) if isinstance(sde, str) else sde
+        if sde is not None and (solver is not None or on_step is not None):
+            raise UserError("solver and on_step are of the ODE; leave them out, or leave out sde")
+        if sde is not None and not begin_at < 1.0 - sde.last_size:
+            raise UserError(f"sde: start is {start}; expected less than {1.0 - sde.last_size:g}")
         if isinstance(extrapolate, str):
             extrapolate = Extrapolation(extrapolate)
         options: dict[str, Any] = {}
@@ -237,16 +251,30 @@ class Pipeline:
         velocity = self._velocity(
             prompts, noise, guided, negatives, drop or ContextDrop(()), options
         )
-        result = flowsolvers.solve(
-            velocity,
-            begin,
-            nfe=solve["nfe"],
-            solver=solve["solver"],
-            schedule=named_schedule(solve["schedule"]),
-            start=start,
-            on_step=self._told(on_step, progress, noise, sizes),
-        )
-        samples = noise.with_values(result.x).split()
+        grid = named_schedule(solve["schedule"])
+        if sde is not None:
+            x = sde.sample(
+                velocity if progress is None else _Counted(velocity, progress),
+                begin,
+                lengths=noise.lengths,
+                seeds=seeds,
+                nfe=solve["nfe"],
+                schedule=grid,
+                path=objective.curve,
+                start=begin_at,
+            )
+        else:
+            x = flowsolvers.solve(
+                velocity,
+                begin,
+                nfe=solve["nfe"],
+                solver=solve["solver"],
+                schedule=grid,
+                start=begin_at,
+                end=end_at,
+                on_step=self._told(on_step, progress, noise, sizes),
+            ).x
+        samples = noise.with_values(x).split()
         found = [
             self.modality.detokenize(values.float().cpu(), one)
             for values, one in zip(samples, sizes, strict=True)
@@ -334,7 +362,9 @@ class Pipeline:
             return noise.values
         given = torch.cat([self.modality.tokenize(one.float()) for one in latents])
         given = given.to(noise.values)
-        return given if not start else start * given + (1.0 - start) * noise.values
+        if not start:
+            return given
+        return self.card.objective.curve.interpolate(given, noise.values, start)
 
     def _velocity(
         self,
@@ -353,10 +383,16 @@ class Pipeline:
             asked = [*prompts, *negatives] if guided else prompts
             condition = encoder(asked)
         prepared = backbone.prepare(condition)
-        alone = PackedVelocity(backbone, prepared.first(noise.batch), noise, drop, options)
+
+        def velocity(text: PreparedConditioning, layout: Tokens) -> flowsolvers.Velocity:
+            return self.card.objective.velocity(
+                PackedPrediction(backbone, text, layout, drop, options)
+            )
+
+        alone = velocity(prepared.first(noise.batch), noise)
         if not guided:
             return alone
-        both = PackedVelocity(backbone, prepared, Tokens.pack([noise, noise]), drop, options)
+        both = velocity(prepared, Tokens.pack([noise, noise]))
         modality = self.modality
         return guidance.velocity(
             both, alone, noise.lengths, modality.token_dim, modality.latent_channels
@@ -377,9 +413,26 @@ class Pipeline:
             if progress is not None:
                 progress(reached.evaluations)
             if on_step is not None:
-                on_step(Step(reached, layout, self.modality, sizes))
+                on_step(Step(reached, layout, self.modality, sizes, self.card.objective.curve))
 
         return tell
+
+
+class _Counted:
+    """A velocity that tells how often it was evaluated."""
+
+    takes_context = True
+
+    def __init__(self, velocity: flowsolvers.Velocity, progress: Callable[[int], None]) -> None:
+        self.velocity, self.progress, self.count = velocity, progress, 0
+
+    def __call__(
+        self, t: Tensor, x: Tensor, *, context: flowsolvers.Context | None = None
+    ) -> Tensor:
+        found = flowsolvers.evaluate(self.velocity, t, x, context)
+        self.count += 1
+        self.progress(self.count)
+        return found
 
 
 def _seeds(seed: int | Sequence[int], count: int) -> list[tuple[int, int]]:

@@ -5,14 +5,21 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nextdit_core.config import SIZES
 from nextdit_core.errors import UserError, unknown_name
 
-__all__ = ["OptimizerRecipe", "Recipe", "SamplingRecipe", "SizesRecipe"]
+__all__ = [
+    "LoraRecipe",
+    "ObjectiveRecipe",
+    "OptimizerRecipe",
+    "Recipe",
+    "SamplingRecipe",
+    "SizesRecipe",
+]
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -85,6 +92,26 @@ class SizesRecipe(_Section):
         return self.model_dump(exclude={"size"})
 
 
+class LoraRecipe(_Section):
+    """Adapters that are trained in place of the given weights.
+
+    Args:
+        rank: Of each adapter.
+        alpha: What an adapter adds is multiplied by alpha / rank; as `rank` when left out.
+        targets: Names of the linear layers in every block: wq, wk, wv, wo, wk_y, wv_y of the
+            attention, w1, w2, w3 of the feed-forward network.
+    """
+
+    rank: Count = 16
+    alpha: Count | None = None
+    targets: Annotated[list[str], Field(min_length=1)] = ["wq", "wk", "wv", "wo"]
+
+    @property
+    def scale(self) -> float:
+        """The factor of what an adapter adds."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
 class OptimizerRecipe(_Section):
     """AdamW and its learning-rate schedule.
 
@@ -105,6 +132,23 @@ class OptimizerRecipe(_Section):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     grad_clip: Positive = 2.0
+
+
+class ObjectiveRecipe(_Section):
+    """What the backbone learns to predict, and along which path.
+
+    Args:
+        path: "linear" (α = t, σ = 1 - t), "gvp" (sin and cos of πt/2) or "vp" (variance-preserving
+            diffusion).
+        prediction: "velocity", "noise", "score" or "data".
+        weighting: Of the squared error: "none", that of the prediction, a score counting as the
+            noise -σ·score; "velocity", that of the velocity that it becomes; "likelihood", with
+            which the loss bounds the likelihood.
+    """
+
+    path: Literal["linear", "gvp", "vp"] = "linear"
+    prediction: Literal["velocity", "noise", "score", "data"] = "velocity"
+    weighting: Literal["none", "velocity", "likelihood"] = "none"
 
 
 class SamplingRecipe(_Section):
@@ -137,8 +181,13 @@ class Recipe(_Section):
         text_encoder_options: Its options.
         text_cache: Folder that keeps the features of a frozen text encoder, so that each caption
             is encoded once; may be shared by runs.
+        init_from: Weights to start from: a saved model, a run, a backbone of any layout, or
+            OWNER/NAME on the Hugging Face hub. Sizes are then the weights'; a resumed run does not
+            look there.
+        lora: Train adapters, and leave the weights of `init_from` as they are.
         model: Sizes of the backbone.
         optimizer: AdamW and its schedule.
+        objective: What is predicted, along which path, and how errors weigh.
         sampling: Defaults for sampling the result.
         steps: Optimiser steps in all.
         batch_tokens: Tokens in one global batch, over all workers.
@@ -154,6 +203,10 @@ class Recipe(_Section):
         ema_decay: Decay of the weight average; it starts lower and rises to this.
         precision: "float32", or "bfloat16" autocast.
         log_every: Steps between two reports.
+        tensorboard: Also write the numbers of `metrics.jsonl` to an event log, in the folder
+            `tensorboard` of the run.
+        peak_tflops: What one device can do, in 10¹² operations a second, for the utilisation (MFU);
+            looked up for known GPUs in bfloat16 when left out.
         checkpoint_every: Steps between two checkpoints.
         keep_checkpoints: How many of the newest checkpoints stay on disk.
         engine: Name of an installed engine.
@@ -171,8 +224,11 @@ class Recipe(_Section):
     dataset_options: dict[str, Any] = {}
     text_encoder_options: dict[str, Any] = {}
     text_cache: Annotated[str, Field(min_length=1)] | None = None
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+    lora: LoraRecipe | None = None
     model: SizesRecipe = SizesRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
+    objective: ObjectiveRecipe = ObjectiveRecipe()
     sampling: SamplingRecipe = SamplingRecipe()
     steps: Count = 1000
     batch_tokens: Count = 1024
@@ -185,6 +241,8 @@ class Recipe(_Section):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
     precision: Literal["float32", "bfloat16"] = "float32"
     log_every: Count = 10
+    tensorboard: bool = False
+    peak_tflops: Positive | None = None
     checkpoint_every: Count = 100
     keep_checkpoints: Count = 2
     engine: str = "local"
@@ -239,8 +297,14 @@ class Recipe(_Section):
         return cls.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the recipe as TOML-able values; unset keys are left out."""
-        return self.model_dump(exclude_none=True)
+        """Give the recipe as TOML-able values; unset keys are left out.
+
+        With `init_from`, so are the sizes that the recipe does not set, which are the weights'.
+        """
+        values = self.model_dump(exclude_none=True)
+        if self.init_from is not None:
+            values["model"] = self.model.model_dump(exclude_none=True, exclude_unset=True)
+        return values
 
 
 def _override(values: dict[str, Any], text: str) -> None:
@@ -259,6 +323,12 @@ def _override(values: dict[str, Any], text: str) -> None:
     values[last] = parsed
 
 
+def _section(annotation: Any) -> Any:
+    """Find the section in the annotation of a key, which may be optional."""
+    kinds = [annotation, *get_args(annotation)]
+    return next(kind for kind in kinds if hasattr(kind, "model_fields"))
+
+
 def _explain(error: ValidationError) -> UserError:
     first = error.errors()[0]
     place = [str(part) for part in first["loc"]]
@@ -266,7 +336,7 @@ def _explain(error: ValidationError) -> UserError:
     if first["type"] == "extra_forbidden":
         fields: Mapping[str, Any] = Recipe.model_fields
         for part in place[:-1]:
-            fields = fields[part].annotation.model_fields
+            fields = _section(fields[part].annotation).model_fields
         prefix = "".join(f"{part}." for part in place[:-1])
         return unknown_name("recipe key", key, [prefix + name for name in fields])
     if first["type"] == "missing":

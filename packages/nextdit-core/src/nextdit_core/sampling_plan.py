@@ -9,7 +9,12 @@ __all__ = ["check_sampling", "named_schedule"]
 
 
 def check_sampling(
-    solver: str, schedule: str | flowsolvers.Schedule, nfe: int, *, start: float = 0.0
+    solver: str,
+    schedule: str | flowsolvers.Schedule,
+    nfe: int,
+    *,
+    start: float = 0.0,
+    end: float = 1.0,
 ) -> flowsolvers.Plan:
     """Resolve the names that a recipe or a request gives.
 
@@ -18,6 +23,7 @@ def check_sampling(
         schedule: A flowsolvers time grid or its name, or "auto" for the solver's own.
         nfe: Velocity evaluations.
         start: Time at which to begin, in [0, 1).
+        end: Time at which to end.
 
     Returns:
         The plan.
@@ -26,7 +32,9 @@ def check_sampling(
         UserError: A name is unknown or the budget is not possible.
     """
     try:
-        return flowsolvers.plan(solver, nfe=nfe, schedule=named_schedule(schedule), start=start)
+        return flowsolvers.plan(
+            solver, nfe=nfe, schedule=named_schedule(schedule), start=start, end=end
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -1,6 +1,7 @@
 """A trained model as a folder that people recognise.
 
-nextdit.json                    format version, parts by entry-point name, sampling defaults
+nextdit.json                    format version, parts by entry-point name, objective, sampling
+                                defaults
 backbone/config.json            sizes
 backbone/model.safetensors      weights
 text_encoder/model.safetensors  weights, where the text encoder learns with the backbone
@@ -29,6 +30,7 @@ from nextdit_core.flow_model import FlowModel
 from nextdit_core.folder import read_object, write_json, write_text
 from nextdit_core.modality import Modality, load_modality
 from nextdit_core.model_folder import CARD, FORMAT_VERSION, find_model
+from nextdit_core.objective import FlowMatching
 from nextdit_core.text_encoders import load_text_encoder
 
 Kind = TypeVar("Kind")
@@ -59,6 +61,7 @@ class ModelCard:
         sampling: nfe, solver, schedule, guidance and, where not all of a latent's channels are
             guided, guidance_channels, used unless a request says otherwise.
         step: Optimiser steps behind the weights; None where they are not known.
+        objective: What the backbone predicts, and along which path.
         example_prompts: Prompts that the model should know.
     """
 
@@ -68,6 +71,7 @@ class ModelCard:
     text_encoder_options: Mapping[str, Any]
     sampling: Mapping[str, Any]
     step: int | None
+    objective: FlowMatching = field(default_factory=FlowMatching)
     example_prompts: list[str] = field(default_factory=list)
 
 
@@ -98,6 +102,7 @@ def write_model(
                 "options": dict(card.text_encoder_options),
             },
             "sampling": dict(card.sampling),
+            "objective": card.objective.to_dict(),
             "step": card.step,
             "example_prompts": card.example_prompts,
             "written_by": f"nextdit-core {version('nextdit-core')}",
@@ -129,7 +134,7 @@ def read_card(folder: Path) -> ModelCard:
     """Read `nextdit.json` of a model folder.
 
     Raises:
-        UserError: It is missing, not JSON, or lacks something.
+        UserError: It is missing, not JSON, lacks something, or has an objective that is unknown.
     """
     values = read_object(folder / CARD)
     modality = _entry(folder, values, "modality", dict)
@@ -142,8 +147,19 @@ def read_card(folder: Path) -> ModelCard:
         text_encoder_options=_entry(folder, encoder, "options", dict),
         sampling=_entry(folder, values, "sampling", dict),
         step=None if values.get("step", 0) is None else _entry(folder, values, "step", int),
+        objective=_objective(folder, values),
         example_prompts=[str(prompt) for prompt in prompts],
     )
+
+
+def _objective(folder: Path, values: Mapping[str, Any]) -> FlowMatching:
+    """Read the objective; folders that are older than the choice hold the default one."""
+    if "objective" not in values:
+        return FlowMatching()
+    try:
+        return FlowMatching.from_dict(_entry(folder, values, "objective", dict))
+    except UserError as error:
+        raise UserError(f"{folder / CARD}: {error}") from error
 
 
 def _entry(folder: Path, values: Mapping[str, Any], key: str, kind: type[Kind]) -> Kind:

@@ -26,6 +26,7 @@ class Step:
         layout: Positions and lengths of the batch.
         modality: Turns tokens into latents and media.
         sizes: Of the samples.
+        path: Of the flow.
 
     Attributes:
         t: The time there, 0 = noise and 1 = data.
@@ -40,8 +41,10 @@ class Step:
         layout: Tokens,
         modality: Modality,
         sizes: Sequence[Size],
+        path: flowsolvers.Path,
     ) -> None:
         self._reached, self._layout, self._modality, self._sizes = reached, layout, modality, sizes
+        self._path = path
         self.t, self.step = reached.t, reached.step
         self.steps, self.evaluations = reached.steps, reached.evaluations
 
@@ -54,11 +57,12 @@ class Step:
         return self._latents(self._reached.x)
 
     def data(self) -> list[Tensor]:
-        """Give the latent that each sample is on its way to, x + (1 - t)·v: at no cost.
+        """Give the latent that each sample is on its way to: at no cost.
 
-        x, t and v are those of the latest evaluation; at t = 1 it is the sample itself.
+        It follows from x, t and v of the latest evaluation, as x + (1 - t)·v on the linear path; at
+        t = 1 it is the sample itself.
         """
-        return self.latents() if self.t == 1.0 else self._latents(self._reached.data())
+        return self.latents() if self.t == 1.0 else self._latents(self._reached.data(self._path))
 
     def preview(self) -> list[Any]:
         """Decode `data()`, for a look on the way; a large autoencoder takes its time."""

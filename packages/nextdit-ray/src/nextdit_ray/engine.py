@@ -127,6 +127,8 @@ def _fit(recipe: Recipe, run: RunFolder, progress: Progress) -> bool:
     settings = recipe.to_dict() | {"out": str(run.path)}
     if recipe.text_cache is not None:
         settings["text_cache"] = str(Path(recipe.text_cache).expanduser().absolute())
+    if recipe.init_from is not None and Path(recipe.init_from).expanduser().exists():
+        settings["init_from"] = str(Path(recipe.init_from).expanduser().absolute())
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"recipe": settings, "folder": str(Path.cwd())},

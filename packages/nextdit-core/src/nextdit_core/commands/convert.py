@@ -7,6 +7,8 @@ from typing import Literal
 
 import click
 
+from nextdit_core.errors import UserError
+
 __all__ = ["convert"]
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -61,6 +63,9 @@ def convert(
     from nextdit_core.checkpoints.hub import local_path
     from nextdit_core.checkpoints.load import read_backbone
     from nextdit_core.checkpoints.save import check_savable, layout_name
+    from nextdit_core.model_folder import CARD
+    from nextdit_core.objective import FlowMatching
+    from nextdit_core.saved_model import read_card
 
     name = layout_name(layout)
     checkpoint = open_checkpoint(
@@ -71,6 +76,13 @@ def convert(
         experts_by=experts_by,
     )
     check_savable(checkpoint.config, dest, name, max_shard_size)
+    folder = checkpoint.place.parent
+    objective = read_card(folder).objective if (folder / CARD).is_file() else FlowMatching()
+    if name != "nextdit" and (objective.path, objective.prediction) != ("linear", "velocity"):
+        raise UserError(
+            f"{folder} predicts {objective}, and the samplers of layout {layout} take the backbone "
+            f"for a velocity on the linear path; convert it --to nextdit"
+        )
     click.echo(f"read     {checkpoint.place}: {checkpoint.layout.value}")
     model = read_backbone(checkpoint, dtype=None if dtype is None else getattr(torch, dtype))
     model.save_pretrained(
@@ -82,6 +94,8 @@ def convert(
     count = sum(parameter.numel() for parameter in model.parameters())
     click.echo(f"written  {dest}: {count:,} parameters, layout {layout}")
     if layout == "nextdit":
+        if (folder / CARD).is_file():
+            click.echo(f"predicts {objective}, which a backbone alone does not say")
         for line in checkpoint.left_out:
             click.echo(f"left out {line}")
     else:

@@ -165,6 +165,7 @@ def _saved_model(path: Path) -> list[tuple[str, str]]:
         ("backbone", f"{count:,} parameters, {model.backbone.config}"),
         ("text encoder", f"{card.text_encoder} {dict(card.text_encoder_options)}, {learnt}"),
         ("training steps", "unknown" if card.step is None else str(card.step)),
+        ("predicts", str(card.objective)),
         ("sampling", sampling),
     ]
     return rows + [("prompt", prompt) for prompt in card.example_prompts[:10]]

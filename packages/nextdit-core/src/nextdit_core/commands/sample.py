@@ -30,6 +30,7 @@ __all__ = ["sample"]
 @click.option("--nfe", default=None, type=int, help="Velocity evaluations per sample.")
 @click.option("--solver", default=None, help="A flowsolvers solver.")
 @click.option("--schedule", default=None, help="A flowsolvers time grid, such as shift:4.")
+@click.option("--sde", default=None, help="Sample with noise, such as sigma or sbdm:0.5.")
 @click.option("--guidance", default=None, type=float, help="Guidance scale; 1 is none.")
 @click.option("--negative-prompt", default="", help="What guidance leads away from.")
 @click.option(
@@ -107,6 +108,7 @@ def sample(
     nfe: int | None,
     solver: str | None,
     schedule: str | None,
+    sde: str | None,
     guidance: float | None,
     negative_prompt: str,
     guidance_rule: str,
@@ -144,6 +146,7 @@ def sample(
     from nextdit_core.context_drop import ContextDrop
     from nextdit_core.pipeline import Pipeline
     from nextdit_core.sampling_plan import check_sampling
+    from nextdit_core.sde import SDE
 
     for name, value in (("--count", count), ("--batch", batch), ("--nfe", nfe)):
         if value is not None and value < 1:
@@ -154,6 +157,9 @@ def sample(
     if begin_from is not None and not 0.0 < start < 1.0:
         raise UserError(f"--start is {start}; expected above 0, noise alone, and below 1, the file")
     drop = ContextDrop.parse(context_drop)
+    stochastic = None if sde is None else SDE.parse(sde)
+    if sde is not None and solver is not None:
+        raise UserError("--solver is of the ODE; leave it or --sde out")
     prompts = _prompts(prompt)
     extent = _size("--size", size)
     beyond = _extrapolation(
@@ -181,11 +187,13 @@ def sample(
         ema=ema,
     )
     defaults = pipe.card.sampling
+    first, last = pipe.card.objective.sampling_times
     check_sampling(
         solver or defaults["solver"],
         schedule or defaults["schedule"],
         nfe or defaults["nfe"],
-        start=start,
+        start=max(start, first),
+        end=last,
     )
     guided = pipe.guidance(guidance, **rule)
     if extent is not None:
@@ -212,6 +220,7 @@ def sample(
         "nfe": nfe,
         "solver": solver,
         "schedule": schedule,
+        "sde": stochastic,
         "guidance": guided,
         "extrapolate": beyond,
         "negative_prompt": negative_prompt,

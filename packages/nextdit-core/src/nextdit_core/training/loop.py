@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nextdit_core.backbone import NextDiT
+from nextdit_core.checkpoints.checkpoint import open_checkpoint
+from nextdit_core.checkpoints.shards import load_weights, save_weights
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.dataset import TokenDataset, load_dataset
 from nextdit_core.errors import UserError
@@ -23,6 +25,7 @@ from nextdit_core.flow_model import FlowModel
 from nextdit_core.folder import new_folder
 from nextdit_core.modality import Modality, load_modality
 from nextdit_core.model_folder import check_format
+from nextdit_core.objective import FlowMatching
 from nextdit_core.progress import Progress
 from nextdit_core.recipe import Recipe
 from nextdit_core.sampling_plan import check_sampling
@@ -30,17 +33,26 @@ from nextdit_core.saved_model import ModelCard, load_parts, write_model
 from nextdit_core.text_encoders import load_text_encoder
 from nextdit_core.text_encoders.cached import CachedTextEncoder
 from nextdit_core.training.activations import checkpoint_blocks
+from nextdit_core.training.batch import batch_loss, make_batch
+from nextdit_core.training.board import Board, check_board
 from nextdit_core.training.draws import draw, time_shift
-from nextdit_core.training.objective import batch_loss
+from nextdit_core.training.flops import FlopMeter
+from nextdit_core.training.lora import add_adapters, check_adapters, merged, save_adapter
+from nextdit_core.training.peak import peak_tflops
 from nextdit_core.training.plan import Batch, batches_from, epoch_plan, micro_batches, rank_slice
 from nextdit_core.training.run_folder import RunFolder
 from nextdit_core.training.runtime import Runtime
+from nextdit_core.training.start import GivenWeights, check_sizes
 from nextdit_core.training.state import TrainState, learning_rate
+from nextdit_core.training.throughput import Throughput
 
 __all__ = ["Ingredients", "prepare", "train"]
 
 #: So many steps in a row whose gradients are not finite end a run.
 _PATIENCE = 10
+
+#: The averaged adapters of a checkpoint.
+AVERAGE = "average.safetensors"
 
 
 @dataclass(frozen=True)
@@ -51,14 +63,24 @@ class Ingredients:
     modality: Modality
     data: TokenDataset
     config: NextDiTConfig
+    objective: FlowMatching
     text_encoder_options: Mapping[str, Any]
+    given: GivenWeights | None = None
 
     def new_model(self) -> FlowModel:
-        """Build the model with the initial weights of the recipe's seed."""
+        """Build the model that a run starts with: of given weights, else of the seed's."""
         recipe = self.recipe
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
-            return FlowModel(NextDiT(self.config), _text_encoder(recipe))
+            if self.given is None:
+                model = FlowModel(NextDiT(self.config), _text_encoder(recipe))
+            else:
+                encoder = _text_encoder(recipe)
+                model = FlowModel(self.given.read(encoder), encoder)
+            if recipe.lora is not None:
+                model.requires_grad_(False)
+                add_adapters(model.backbone, recipe.lora)
+        return model
 
     def card(self, step: int) -> ModelCard:
         """Describe the model after some steps."""
@@ -69,6 +91,7 @@ class Ingredients:
             text_encoder=recipe.text_encoder,
             text_encoder_options=self.text_encoder_options,
             sampling=recipe.sampling.model_dump(),
+            objective=self.objective,
             step=step,
             example_prompts=sorted(set(self.data.captions))[:20],
         )
@@ -86,19 +109,39 @@ def prepare(recipe: Recipe) -> Ingredients:
     Raises:
         UserError: A name is unknown, an option is wrong, or sizes do not fit.
     """
-    check_sampling(recipe.sampling.solver, recipe.sampling.schedule, recipe.sampling.nfe)
+    objective = FlowMatching(**recipe.objective.model_dump())
+    sampling = recipe.sampling
+    first, last = objective.sampling_times
+    check_sampling(sampling.solver, sampling.schedule, sampling.nfe, start=first, end=last)
     time_shift(recipe.time_shift, 1)
+    if recipe.tensorboard:
+        check_board()
     modality = load_modality(recipe.modality, recipe.modality_options)
     encoder: Any = _text_encoder(recipe)
-    config = NextDiTConfig(
-        token_dim=modality.token_dim,
-        axes=modality.axes,
-        text_dim=encoder.text_dim,
-        **recipe.model.to_fields(),
-    )
+    needed = {
+        "token_dim": modality.token_dim,
+        "axes": modality.axes,
+        "text_dim": encoder.text_dim,
+    }
+    given = None
+    if recipe.init_from is None:
+        config = NextDiTConfig(**needed, **recipe.model.to_fields())
+    else:
+        newest = RunFolder(recipe.out).newest()
+        if newest is None:
+            given = GivenWeights.open(recipe.init_from)
+            given.check(recipe, encoder, objective)
+            config = given.checkpoint.config
+        else:  # a run that stands somewhere goes on from there
+            config = open_checkpoint(newest).config
+        check_sizes(config, needed, recipe.model)
+    if recipe.lora is not None:
+        if recipe.init_from is None:
+            raise UserError("lora adapts given weights; say which: init_from=...")
+        check_adapters(recipe.lora, config)
     data = TokenDataset(load_dataset(recipe.dataset, recipe.dataset_options), modality)
     epoch_plan(data.lengths, recipe.batch_tokens, recipe.seed, 0)
-    return Ingredients(recipe, modality, data, config, encoder.options)
+    return Ingredients(recipe, modality, data, config, objective, encoder.options, given)
 
 
 def _text_encoder(recipe: Recipe) -> nn.Module:
@@ -123,45 +166,69 @@ def train(recipe: Recipe, runtime: Runtime) -> None:
     parts = prepare(recipe)
     run = RunFolder(recipe.out)
     state = TrainState.fresh(parts.new_model().to(runtime.device), recipe.optimizer)
-    _resume(state, run)
+    _resume(state, run, lora=recipe.lora is not None)
     workers = _workers(runtime)
     if runtime.rank == 0:
         run.rewind(state.step)
         run.event("start", step=state.step, steps=recipe.steps, workers=workers)
+        if parts.given is not None:
+            place = parts.given.checkpoint
+            run.event("init_from", place=str(place.place), layout=place.layout.value)
     if not _fill_text_cache(state.model.text_encoder, parts, run, runtime):
         return
     if recipe.checkpoint_activations:
         checkpoint_blocks(state.model.backbone)
+    board = None
+    if recipe.tensorboard and runtime.rank == 0:
+        board = Board(run.board_folder, state.step)
+    try:
+        _steps(state, parts, run, board, runtime)
+    finally:
+        if board is not None:
+            board.close()
+
+
+def _steps(
+    state: TrainState, parts: Ingredients, run: RunFolder, board: Board | None, runtime: Runtime
+) -> None:
+    """Take one step after the other, until the last or until a stop."""
+    recipe = parts.recipe
     model = _parallel(state.model, runtime)
     precision = (
         torch.autocast(runtime.device.type, torch.bfloat16)
         if recipe.precision == "bfloat16"
         else nullcontext()
     )
-    walk = batches_from(
-        parts.data.lengths, recipe.batch_tokens, recipe.seed, state.epoch, state.batch
-    )
+    lengths = parts.data.lengths
+    walk = batches_from(lengths, recipe.batch_tokens, recipe.seed, state.epoch, state.batch)
+    meter = FlopMeter(state.model.backbone, text_learns=_text_learns(state.model))
+    rates = Throughput(_peak(recipe, runtime))
     pending: list[tuple[dict[str, Any], Tensor]] = []
     while state.step < recipe.steps:
-        epoch, index, batch = next(walk)
+        with rates.making_data():
+            epoch, index, batch = next(walk)
         rate = learning_rate(recipe.optimizer, state.step, recipe.steps)
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        loss = _backward(model, parts, epoch, batch, runtime, precision)
+        loss = _backward(model, parts, epoch, batch, runtime, precision, rates)
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), recipe.optimizer.grad_clip)
         state.update(norm)
         state.step, state.epoch, state.batch = state.step + 1, epoch, index + 1
         state.update_average(recipe.ema_decay)
+        done = meter.take() if rank_slice(batch, runtime.rank, runtime.world_size) else 0
+        rates.step(len(batch), sum(lengths[one] for one in batch), done)
         row = {"step": state.step, "epoch": epoch, "lr": rate}
         pending.append((row, torch.stack([loss, norm.to(loss) / runtime.world_size])))
 
         last = state.step == recipe.steps
         save = last or state.step % recipe.checkpoint_every == 0
         if save or state.step % recipe.log_every == 0:
-            stop = _flush(pending, state, run, runtime)
+            stop, speed = _flush(pending, state, run, board, runtime, rates)
             written = _save(state, parts, run, runtime) if save or stop else None
-            runtime.report({"step": float(state.step), "loss": _last_loss(pending)}, written)
+            now = {"step": float(state.step), "loss": _last_loss(pending)}
+            runtime.report(now | speed, written)
             pending.clear()
+            rates.resume()
             if stop and not last:
                 if runtime.rank == 0:
                     run.event("stop", step=state.step)
@@ -206,6 +273,7 @@ def _backward(
     batch: Batch,
     runtime: Runtime,
     precision: AbstractContextManager[object],
+    rates: Throughput,
 ) -> Tensor:
     """Add up the gradients of this rank's share of one global batch, and give its loss."""
     own: Sequence[int] = rank_slice(batch, runtime.rank, runtime.world_size)
@@ -221,7 +289,7 @@ def _backward(
             reduce = model.no_sync()
         with reduce:
             with precision:
-                loss = _rank_loss(model, parts, epoch, some, total, runtime.device) * weight
+                loss = _rank_loss(model, parts, epoch, some, total, runtime.device, rates) * weight
             # The wrapper averages over ranks; the ranks' losses add up to the batch's.
             (loss * runtime.world_size).backward()
         losses.append(loss.detach())
@@ -235,22 +303,36 @@ def _rank_loss(
     indices: Sequence[int],
     total: int,
     device: torch.device,
+    rates: Throughput,
 ) -> Tensor:
     """Compute the loss of some samples, as a share of a batch of `total` tokens."""
     recipe, data = parts.recipe, parts.data
-    draws = [
-        draw(
-            recipe.seed,
-            epoch,
-            index,
-            data.values[index].shape,
-            time_distribution=recipe.time_distribution,
-            shift=recipe.time_shift,
-            caption_dropout=recipe.caption_dropout,
-        )
-        for index in indices
-    ]
-    return batch_loss(model, data, indices, draws, total, device)
+    with rates.making_data():
+        draws = [
+            draw(
+                recipe.seed,
+                epoch,
+                index,
+                data.values[index].shape,
+                time_distribution=recipe.time_distribution,
+                shift=recipe.time_shift,
+                caption_dropout=recipe.caption_dropout,
+            )
+            for index in indices
+        ]
+        batch = make_batch(parts.objective, data, indices, draws, device)
+    return batch_loss(model, parts.objective, batch, total)
+
+
+def _text_learns(model: FlowModel) -> bool:
+    encoder = model.text_encoder
+    return encoder is not None and any(one.requires_grad for one in encoder.parameters())
+
+
+def _peak(recipe: Recipe, runtime: Runtime) -> float | None:
+    """Say what all devices of the run can do, where that is known."""
+    one = recipe.peak_tflops or peak_tflops(runtime.device, recipe.precision)
+    return None if one is None else one * runtime.world_size
 
 
 def _parallel(model: FlowModel, runtime: Runtime) -> nn.Module:
@@ -273,17 +355,25 @@ def _flush(
     pending: list[tuple[dict[str, Any], Tensor]],
     state: TrainState,
     run: RunFolder,
+    board: Board | None,
     runtime: Runtime,
-) -> bool:
+    rates: Throughput,
+) -> tuple[bool, dict[str, float]]:
     """Sum the pending numbers over the ranks, write them, and agree on whether to stop.
 
-    A step whose gradients were not finite was left out; that is written too.
+    A step whose gradients were not finite was left out; that is written too. The rates of the
+    steps since the last report stand in the last row, and end where the numbers are read: there
+    the host has to wait for the device, whatever is measured.
     """
-    stop = torch.tensor([float(runtime.stop_requested())] * 2, device=runtime.device)
-    values = torch.stack([*(numbers for _, numbers in pending), stop])
+    own = [float(runtime.stop_requested()), float(rates.flops)]
+    values = torch.stack(
+        [*(numbers for _, numbers in pending), torch.tensor(own, device=runtime.device)]
+    )
     if runtime.world_size > 1:
         dist.all_reduce(values)
-    *numbers, (stops, _) = values.tolist()
+    *numbers, (stops, flops) = values.tolist()
+    speed = rates.numbers(flops)
+    pending[-1][0].update(speed)
     for (row, _), (loss, norm) in zip(pending, numbers, strict=True):
         row |= {"loss": loss, "grad_norm": norm}
         if math.isfinite(loss) and math.isfinite(norm):
@@ -299,8 +389,11 @@ def _flush(
                 f"{run.path}"
             )
     if runtime.rank == 0:
-        run.append(row for row, _ in pending)
-    return stops > 0
+        rows = [row for row, _ in pending]
+        run.append(rows)
+        if board is not None:
+            board.write(rows)
+    return stops > 0, speed
 
 
 def _last_loss(pending: list[tuple[dict[str, Any], Tensor]]) -> float:
@@ -310,11 +403,16 @@ def _last_loss(pending: list[tuple[dict[str, Any], Tensor]]) -> float:
 def _save(state: TrainState, parts: Ingredients, run: RunFolder, runtime: Runtime) -> Path:
     path = run.checkpoint(state.step)
     if runtime.rank == 0:
+        lora = parts.recipe.lora
         with new_folder(path) as folder:
             weights = {**state.model.state_dict(), **state.average}
-            write_model(folder, weights, parts.config, parts.card(state.step))
+            whole = weights if lora is None else merged(weights, lora)
+            write_model(folder, whole, parts.config, parts.card(state.step))
             (folder / "training").mkdir()
             state.save(folder / "training")
+            if lora is not None:  # the model above does not tell them from the weights
+                save_weights(folder / "training" / AVERAGE, state.average)
+                save_adapter(folder / "adapter", weights, lora, parts.recipe.init_from)
         run.prune(parts.recipe.keep_checkpoints)
         run.event("checkpoint", step=state.step)
     if runtime.world_size > 1:
@@ -322,10 +420,13 @@ def _save(state: TrainState, parts: Ingredients, run: RunFolder, runtime: Runtim
     return path
 
 
-def _resume(state: TrainState, run: RunFolder) -> None:
+def _resume(state: TrainState, run: RunFolder, *, lora: bool) -> None:
     newest = run.newest()
     if newest is None:
         return
     check_format(newest)
-    average = load_parts(newest, state.model, torch.device("cpu"))
+    if lora:
+        average = load_weights(newest / "training" / AVERAGE, torch.device("cpu"))
+    else:
+        average = load_parts(newest, state.model, torch.device("cpu"))
     state.load(newest / "training", average)

@@ -3,6 +3,7 @@
 recipe.toml      the settings, as resolved
 metrics.jsonl    one row per optimiser step
 events.jsonl     starts (with the workers' process ids), checkpoints, stops
+tensorboard/     the same numbers, where the recipe asks for them
 failure.txt      why the last start ended, where another try would fail in the same way
 checkpoints/     step_00000100/, ... : each a saved model with a training/ folder inside
 """
@@ -13,7 +14,6 @@ import json
 import os
 import shutil
 import time
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ MAY_CHANGE = {
     "steps",
     "sampling",
     "log_every",
+    "peak_tflops",
+    "tensorboard",
     "checkpoint_every",
     "keep_checkpoints",
     "engine",
@@ -66,6 +68,7 @@ class RunFolder:
         self.events_file = self.path / "events.jsonl"
         self.stop_file = self.path / "stop-requested"
         self.failure_file = self.path / "failure.txt"
+        self.board_folder = self.path / "tensorboard"
 
     def open(self, recipe: Recipe) -> None:
         """Make the folder, or check that it belongs to this recipe.
@@ -104,12 +107,14 @@ class RunFolder:
 
     def _check_same(self, recipe: Recipe) -> None:
         try:
-            before = tomllib.loads(self.recipe_file.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
+            # Through a recipe, so that keys which are newer than the run have their defaults.
+            before = Recipe.load(self.recipe_file)
+        except UserError as error:
             raise UserError(
-                f"{self.recipe_file} is damaged: {error}; choose another folder: out=..."
+                f"{self.recipe_file} is damaged, or of a newer nextdit-core: {error}; choose "
+                f"another folder: out=..."
             ) from error
-        before, now = _flat(before), _flat(recipe.to_dict())
+        before, now = _flat(before.to_dict()), _flat(recipe.to_dict())
         for key in sorted(before.keys() | now.keys()):
             if key.split(".")[0] not in MAY_CHANGE and before.get(key) != now.get(key):
                 raise UserError(

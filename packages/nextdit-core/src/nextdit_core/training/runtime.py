@@ -35,7 +35,7 @@ class Runtime(Protocol):
         """Tell the engine how far training is; every rank calls it equally often.
 
         Args:
-            metrics: At least "step" and "loss".
+            metrics: "step", "loss", and the rates that `Throughput.numbers` gives.
             checkpoint: A complete checkpoint folder that was just written, or None.
         """
         ...

@@ -45,8 +45,8 @@ class TrainState:
 
     Args:
         model: What is trained.
-        optimizer: AdamW over the model's parameters.
-        average: Exponential moving average of the parameters, by name.
+        optimizer: AdamW over the parameters that learn.
+        average: Exponential moving average of these, by name.
         step: Optimiser steps done.
         epoch: Epoch of the next batch.
         batch: Index in that epoch of the next batch.
@@ -65,13 +65,17 @@ class TrainState:
     def fresh(cls, model: FlowModel, recipe: OptimizerRecipe) -> TrainState:
         """Start from a model's initial weights."""
         optimizer = torch.optim.AdamW(
-            model.parameters(),
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=recipe.lr,
             betas=(recipe.beta1, recipe.beta2),
             weight_decay=recipe.weight_decay,
             fused=True,
         )
-        average = {name: value.detach().clone() for name, value in model.named_parameters()}
+        average = {
+            name: value.detach().clone()
+            for name, value in model.named_parameters()
+            if value.requires_grad
+        }
         return cls(model, optimizer, average)
 
     def update(self, norm: Tensor) -> None:
@@ -91,7 +95,7 @@ class TrainState:
     def update_average(self, decay: float) -> None:
         """Move the average towards the weights; early on faster than `decay` says."""
         rate = 1 - min(decay, (1 + self.step) / (10 + self.step))
-        weights = [value.detach() for _, value in self.model.named_parameters()]
+        weights = [value.detach() for value in self.model.parameters() if value.requires_grad]
         torch._foreach_lerp_(list(self.average.values()), weights, rate)
 
     def save(self, folder: Path) -> None:
@@ -102,7 +106,7 @@ class TrainState:
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             tensors[f"model.{name}"] = parameter.detach()
-            for moment in MOMENTS:
+            for moment in MOMENTS if parameter.requires_grad else ():
                 tensors[f"{moment}.{name}"] = self.optimizer.state[parameter][moment]
         save_weights(folder / "state.safetensors", tensors)
         position = {"step": self.step, "epoch": self.epoch, "batch": self.batch}
@@ -125,6 +129,8 @@ class TrainState:
             for name, parameter in self.model.named_parameters():
                 try:
                     parameter.copy_(tensors[f"model.{name}"])
+                    if not parameter.requires_grad:
+                        continue
                     self.average[name].copy_(average[name])
                     self.optimizer.state[parameter] = {
                         "step": step.clone(),

@@ -1,4 +1,4 @@
-"""A backbone as the velocity that a solver integrates."""
+"""A backbone on packed tokens, as a solver calls it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nextdit_core.context_drop import ContextDrop
 from nextdit_core.prepared_conditioning import PreparedConditioning
 from nextdit_core.tokens import Tokens
 
-__all__ = ["PackedVelocity"]
+__all__ = ["PackedPrediction"]
 
 
-class PackedVelocity:
-    """The velocity of packed tokens under one condition.
+class PackedPrediction:
+    """What the backbone predicts of packed tokens under one condition.
 
     It changes nothing in the backbone, so that several can share one, also in threads.
 
@@ -62,7 +62,7 @@ class PackedVelocity:
     def __call__(
         self, t: Tensor, x: Tensor, *, context: flowsolvers.Context | None = None
     ) -> Tensor:
-        """Return dx/dt of `[total_tokens, token_dim]`."""
+        """Return the prediction, `[total_tokens, token_dim]`."""
         pooling = None
         if self.drop.schedule:
             now = t.item() if context is None else _now(context)
