@@ -636,6 +636,9 @@ def test_the_command_line_samples_and_describes_a_pipeline(
     arguments = ("sample", str(lumina_folder), "a red fox", "--seed", "7", "--nfe", "4")
     run = nextdit(*arguments, "--size", "64x96", "--device", "cpu", "--out", "fox.png")
     assert (run.returncode, run.stdout) == (0, "wrote 1 sample to fox.png\n"), run.stderr
+    counts = [line for line in run.stderr.splitlines() if line.startswith("sampling: ")]
+    # The first step of `auto` evaluates at both of its ends.
+    assert [line.split()[1] for line in counts] == ["0/4", "2/4", "3/4", "4/4"]
     pipe = Pipeline.from_pretrained(lumina_folder, device="cpu")
     (expected,) = pipe("a red fox", seed=7, nfe=4, size=(64, 96))
     with Pillow.open(tmp_path / "fox.png") as found:

@@ -188,7 +188,7 @@ def sample(
     )
     defaults = pipe.card.sampling
     first, last = pipe.card.objective.sampling_times
-    check_sampling(
+    plan = check_sampling(
         solver or defaults["solver"],
         schedule or defaults["schedule"],
         nfe or defaults["nfe"],
@@ -227,7 +227,7 @@ def sample(
         "context_drop": drop,
     }
     try:
-        written = _draw(pipe, jobs, batch, latent, options, target, single)
+        written = _draw(pipe, jobs, batch, latent, options, target, single, plan.nfe)
     except FloatingPointError as error:  # flowsolvers.NotFiniteError
         said = " ".join(str(error).split())
         raise UserError(f"sampling in {dtype} came to no finite numbers: {said}") from error
@@ -244,6 +244,7 @@ def _draw(
     options: dict[str, Any],
     target: Path,
     single: bool,
+    nfe: int,
 ) -> int:
     from nextdit_core.folder import new_file
     from nextdit_core.progress import Progress
@@ -251,17 +252,23 @@ def _draw(
     media: list[object] = []
     if not jobs:
         return 0
-    with Progress("sampling", len(jobs), unit="sample") as progress:
+    # One evaluation of a large model on a CPU takes a while, so these are counted.
+    with Progress("sampling", len(jobs) * nfe, unit="evaluation") as progress:
         for begin in range(0, len(jobs), batch):
             some = jobs[begin : begin + batch]
             latents = None if latent is None else [latent] * len(some)
+
+            def tell(evaluations: int, before: int = begin, count: int = len(some)) -> None:
+                progress.to(before * nfe + count * min(evaluations, nfe))
+
             made = pipe(
                 [job[0] for job in some],
                 seed=[job[1] for job in some],
                 latents=latents,
+                progress=tell,
                 **options,
             )
-            progress.to(begin + len(some))
+            tell(nfe)
             if single:
                 media += made
                 continue
