@@ -166,7 +166,9 @@ def test_no_step_copies_reads_or_waits(
     no_drop = ContextDrop(())
     both = PackedPrediction(model, prepared, Tokens.pack([one, one]), no_drop, options)
     alone = PackedPrediction(model, prepared.first(2), one, no_drop, options)
-    guided = Guidance(3.0).velocity(both, alone, one.lengths)
+    token_dim = one.values.shape[-1]
+    guidance = Guidance(3.0, channels=(0, 2))  # of three
+    guided = guidance.velocity(both, alone, one.lengths, token_dim, 3)
     crossings: list[list[str]] = []
     with torch.no_grad(), watched() as watch:
         flowsolvers.solve(

@@ -134,8 +134,7 @@ def solve(
     contextual = bool(getattr(velocity, "takes_context", False))
     x = cast(leaves, state)
     looks = check is not False and _may_look(device)
-    large = sum(leaf.numel() for leaf in each(x)) >= _LARGE
-    closely = looks and bool(check or (device.type == "cpu" and (on_step is not None or large)))
+    closely = looks and bool(check or (device.type == "cpu" and (on_step is not None or _large(x))))
     program = compiled(plan, state, device, contextual=contextual)
     ask = asker(velocity, leaves, spec, state, program)
     observer = None
@@ -189,6 +188,10 @@ def _jumps(
     both = (*asked, *own)
     inside = {t for t in both if min(ends) < t < max(ends)}
     return both if isinstance(nfe, int) and 2 * (len(inside) + 1) <= nfe else asked
+
+
+def _large(x: Leaves) -> bool:
+    return sum(leaf.numel() for leaf in each(x)) >= _LARGE
 
 
 def _may_look(device: torch.device) -> bool:

@@ -93,14 +93,22 @@ def finite(x: Leaves) -> bool:
     Where nobody may look (under vmap, without data), it says True.
     """
     try:
-        return all(_finite(leaf.detach()) for leaf in each(x))
+        return all(map(_finite, each(x)))
     except RuntimeError:
         return True
 
 
 def _finite(leaf: Tensor) -> bool:
-    # One pass: what is not finite makes the sum so, and a sum may besides be too large.
-    return math.isfinite(leaf.sum().item()) or bool(leaf.isfinite().all())
+    if leaf.requires_grad:
+        leaf = leaf.detach()
+    if leaf.device.type == "cpu":
+        # One pass: what is not finite makes the sum so, and a sum may besides be too large.
+        try:
+            if math.isfinite(leaf.sum().numpy()):  # the same memory
+                return True
+        except (RuntimeError, TypeError):  # numpy is not installed, or this is no plain tensor
+            pass
+    return bool(leaf.isfinite().all())
 
 
 class Observer:

@@ -53,7 +53,8 @@ class FlowMatching:
     Convention: t=0 is noise and t=1 is data; the score is -noise/σ.
 
     Source: SiT, arXiv 2401.08740, §2 and `transport.py`, `training_losses`. SiT has no prediction
-        of the data and weighs no velocity; both are the same formulas here.
+        of the data and weighs no velocity; both are the same formulas here. The bound: Song et al.,
+        arXiv 2101.09258, theorem 1, for times that are drawn uniformly.
 
     >>> FlowMatching("vp", "noise").sampling_times
     (0.0, 0.999)
