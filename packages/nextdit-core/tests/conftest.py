@@ -217,6 +217,22 @@ def golden() -> Path:
     pytest.skip("no reference tensors: set NEXTDIT_GOLDEN to their folder")
 
 
+#: Whether two tensors are within a bound of one another, under a name for the table.
+Parity = Callable[..., None]
+
+
+@pytest.fixture
+def parity(record_property: Callable[[str, object], None]) -> Parity:
+    """Hold two tensors within a bound of one another; benchmarks/core/parity.py lists them all."""
+
+    def check(case: str, found: Tensor, expected: Tensor, bound: float = 1e-5) -> None:
+        error = (found - expected).abs().max().item()
+        record_property("parity", (case, error, bound))
+        assert error <= bound, case
+
+    return check
+
+
 @pytest.fixture
 def random() -> torch.Generator:
     """Seed the random numbers of a test."""

@@ -35,23 +35,28 @@ def test_velocity_equals_the_authors(
     golden: Path,
     reference_model: NextDiT,
     on_latents: Callable[..., Tensor],
+    parity: Callable[..., None],
     name: str,
     options: dict[str, object],
 ) -> None:
     case = load_file(golden / f"{name}.safetensors")
     out = on_latents(reference_model, case, **options)
-    assert (out - case["out_official"]).abs().max() <= 1e-5
+    parity(f"forward, {name}", out, case["out_official"])
 
 
 @pytest.mark.parametrize("name", ["fwd_extrap_linear_24x24", "fwd_extrap_ntk_24x24"])
 def test_velocity_beyond_the_trained_size_equals_the_authors(
-    golden: Path, reference_model: NextDiT, on_latents: Callable[..., Tensor], name: str
+    golden: Path,
+    reference_model: NextDiT,
+    on_latents: Callable[..., Tensor],
+    parity: Callable[..., None],
+    name: str,
 ) -> None:
     """The released switch: interpolation before t = 0.3, a larger base after it."""
     rope = reference_model.rope.extrapolate("time-aware-watershed", scale=(1.0, 1.5, 1.5))
     case = load_file(golden / f"{name}.safetensors")
     out = on_latents(reference_model, case, rope=rope, scale="proportional", trained_tokens=64)
-    assert (out - case["out_official"]).abs().max() <= 1e-5
+    parity(f"forward, {name}", out, case["out_official"])
 
 
 def _model(random: torch.Generator, **sizes: int) -> NextDiT:
