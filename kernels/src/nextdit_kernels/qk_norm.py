@@ -20,10 +20,11 @@ __all__ = ["norm_rotate", "norm_rotate_backward_kernel", "norm_rotate_kernel", "
 _TILE, _WIDE = 2048, 8192
 _THREAD, _REST_THREAD = 16, 8
 
-# Registers of a thread, forward and backward, for 16-bit tensors. Left to itself the compiler aims
-# at fewer on some architectures, and spills. A multiprocessor has 2048 for each of the 32 threads
-# of a warp, so 2048 / registers warps run at once. Some passes over 576, 1152, 4608
-# or 5120 channels still spill 8 to 32 bytes; more registers would cost programs.
+# Registers of a thread, forward and backward, for 16-bit tensors, and more where that costs no
+# program. Left to itself the compiler aims at fewer on some architectures, and spills. A
+# multiprocessor has 2048 for each of the 32 threads of a warp: 2048 / registers warps run at once.
+# Where the heads of a token are not neighbours, one pass still spills: backward over 1152 channels
+# for 10.0, 48 bytes.
 _REGISTERS = {
     ("layer", "hidden"): (128, 168),
     ("rms", "hidden"): (128, 168),
@@ -204,7 +205,8 @@ def _share(
     block = max(_TILE, tiles["Q"][0], tiles["K"][0])
     warps = block // (32 * _THREAD)
     registers = _REGISTERS[norm, over][direction] * q.itemsize // 2
-    registers = min(registers, 2048 // warps, 255)
+    together = max(1, 2048 // registers // warps)
+    registers = min(2048 // (together * warps) // 8 * 8, 255)
     constants: dict[str, Any] = {"CENTER": norm == "layer", "D": width}
     steps = []
     for name, x in {"Q": q, "K": k}.items():
@@ -214,13 +216,13 @@ def _share(
         constants[f"{name}_WIDTH"] = _width(x, over)
         constants[f"{name}_BLOCK"] = block // main
         # So many blocks of groups in a step that the rests of all give a thread whole loads.
-        together = main * _REST_THREAD // (rest * _THREAD) if rest else 1
-        constants[f"{name}_BLOCKS"] = together
+        several = main * _REST_THREAD // (rest * _THREAD) if rest else 1
+        constants[f"{name}_BLOCKS"] = several
         constants[f"{name}_MAIN"] = main
         constants[f"{name}_REST"] = rest
-        blocks = served.blocks(tokens * groups, block // main * together)
+        blocks = served.blocks(tokens * groups, block // main * several)
         steps.append(batch * blocks if x.shape[-2] and width else 0)
-    programs = min(sum(steps), _processors(q.device) * max(1, 2048 // registers // warps))
+    programs = min(sum(steps), _processors(q.device) * together)
     q_programs = round(programs * steps[0] / max(1, sum(steps)))
     q_programs = min(max(q_programs, min(1, steps[0])), programs - min(1, steps[1]))
     options = {"num_warps": warps, "maxnreg": registers}
@@ -237,6 +239,13 @@ def _hints(
     }
 
 
+def _without_heads(x: Tensor, strides: tuple[int, ...]) -> tuple[int | None, ...]:
+    """Leave out the stride of heads where the channels of a token are neighbours."""
+    s_b, s_t, s_h, s_d = strides
+    together = s_d == 1 and (x.shape[-2] == 1 or s_h == x.shape[-1])
+    return (s_b, s_t, None if together else s_h, s_d)
+
+
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
@@ -245,7 +254,7 @@ class _Plan(NamedTuple):
     programs: int
     q_programs: int
     k_programs: int
-    numbers: tuple[int, ...]
+    numbers: tuple[int | None, ...]
     constants: dict[str, Any]
 
 
@@ -302,6 +311,8 @@ def _plan_kernel(
     s_x = tuple(rotary.strides(x, 4) for x in strided)
     s_tables = rotary.strides(cos, 3), rotary.strides(sin, 3)
     constants |= _hints(s_x, s_tables, q.shape[-1], q.itemsize)
+    if over == "hidden":
+        s_x = tuple(_without_heads(x, s) for x, s in zip(strided, s_x, strict=True))
     numbers = (q_programs, *sizes, *(n for stride in (*s_x, *s_tables) for n in stride))
     return _Plan(q_programs + k_programs, q_programs, k_programs, numbers, constants)
 

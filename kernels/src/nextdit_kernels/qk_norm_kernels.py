@@ -16,10 +16,10 @@ token costs (q of 2304 and k of 576), in lines of machine code times warps, is:
     ====================  =====  ======================  ============================
     tiles of a group      lines  registers of a thread   programs of a multiprocessor
     ====================  =====  ======================  ============================
-    4096, forward          3400                     111                             2
-    2048 + 256, forward    1960                     126                             4
-    4096, backward         4580                     128                             2
-    2048 + 256, backward   2960                     168                             3
+    4096, forward          3410                     113                             2
+    2048 + 256, forward    1940                     121                             4
+    4096, backward         4850                     150                             1
+    2048 + 256, backward   3020                     168                             3
     ====================  =====  ======================  ============================
 
 A multiprocessor of an H100 issues at most four of them in a clock, in which its share of the
@@ -30,6 +30,10 @@ that a program walks over, since its sums for the gradients of the rest's weight
 of the first tile, would spill. A rest of each group for itself would be 4 bytes for a thread. Where
 the rest is more than a quarter of the first tile, and over heads, one tile holds the group. Reading
 all of a group twice would save registers but load and convert it twice.
+
+What does not change from group to group is computed for each of them: LLVM would keep more of it in
+registers than there are. A stride of heads that is None says that all channels of a group are
+neighbours, which saves the registers of 64-bit offsets and the division by D.
 
 For one token, with numbers of E bytes, C channels in q and k together, and S bytes of statistics
 (8 for each group of LayerNorm, 4 for RMSNorm): forward reads C E and writes C E + S; backward reads
@@ -124,14 +128,20 @@ def _load(
     START: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Load channels of groups as float32, `[BLOCK_G, BLOCK_C]`, whatever the strides."""
+    """Load channels of groups as float32, `[BLOCK_G, BLOCK_C]`, whatever the strides.
+
+    A stride of heads that is None says that the channels of a group are neighbours.
+    """
     s_b, s_t, s_h, s_d = strides
     o_c = START + tl.arange(0, BLOCK_C)
-    o_h = tl.max_constancy(o_c // D, VECTOR)
-    o_d = tl.max_contiguous(tl.multiple_of(o_c % D, VECTOR), VECTOR)
     row = tl.multiple_of(i_b * s_b + (o_g // GROUPS).to(tl.int64) * s_t, VECTOR)
-    row += tl.multiple_of((o_g % GROUPS).to(tl.int64) * s_h, VECTOR)
-    column = tl.multiple_of(o_h.to(tl.int64) * s_h, VECTOR) + o_d.to(tl.int64) * s_d
+    if s_h is None:
+        column = o_c
+    else:
+        o_h = tl.max_constancy(o_c // D, VECTOR)
+        o_d = tl.max_contiguous(tl.multiple_of(o_c % D, VECTOR), VECTOR)
+        row += tl.multiple_of((o_g % GROUPS).to(tl.int64) * s_h, VECTOR)
+        column = tl.multiple_of(o_h.to(tl.int64) * s_h, VECTOR) + o_d.to(tl.int64) * s_d
     p_x = x_ptr + _rows(row) + column[None, :]
     return tl.load(p_x, mask=_mask(o_c, o_g, T * GROUPS, WIDTH), other=0.0).to(tl.float32)
 
@@ -358,7 +368,7 @@ def _forward_groups(
         b = _load_weight(b_ptr, WIDTH, 0, BLOCK_G if REST else 1, MAIN)
     groups = T * GROUPS
     blocks = (groups + BLOCKS * BLOCK_G - 1) // (BLOCKS * BLOCK_G)
-    for step in tl.range(i_p, B * blocks, programs):
+    for step in tl.range(i_p, B * blocks, programs, disable_licm=True):
         i_b = (step // blocks).to(tl.int64)
         o_r = _block(step % blocks, BLOCKS * BLOCK_G)
         # fmt: off
@@ -367,7 +377,7 @@ def _forward_groups(
                 x_ptr, stats_ptr, s_x, i_b, o_r, B, T, CENTER, D, GROUPS, WIDTH, VECTOR, MAIN, REST
             )
             tl.debug_barrier()  # what some threads have stored, others load
-        for i in tl.range(BLOCKS):
+        for i in tl.range(BLOCKS, disable_licm=True):
             o_g = _block((step % blocks) * BLOCKS + i, BLOCK_G)
             x, cos, sin = _load_tile(
                 x_ptr, cos_ptr, sin_ptr, s_x, s_cos, s_sin, i_b, o_g, T,
@@ -605,7 +615,7 @@ def _backward_rest(
     groups = T * GROUPS
     blocks = (groups + BLOCK_G - 1) // BLOCK_G
     tl.debug_barrier()
-    for step in tl.range(i_p, B * blocks, programs):
+    for step in tl.range(i_p, B * blocks, programs, disable_licm=True):
         i_b, o_g = (step // blocks).to(tl.int64), _block(step % blocks, BLOCK_G)
         rstd, mean = _load_pair(stats_ptr, i_b, o_g, B, groups, CENTER)
         along, shift = _load_pair(means_ptr, i_b, o_g, B, groups, CENTER)
@@ -669,7 +679,7 @@ def _backward_groups(
     db = tl.zeros((BLOCK_G, MAIN), tl.float32)
     groups = T * GROUPS
     blocks = (groups + BLOCKS * BLOCK_G - 1) // (BLOCKS * BLOCK_G)
-    for step in tl.range(i_p, B * blocks, programs):
+    for step in tl.range(i_p, B * blocks, programs, disable_licm=True):
         i_b = (step // blocks).to(tl.int64)
         # fmt: off
         if REST:
@@ -680,7 +690,7 @@ def _backward_groups(
                 BLOCKS * BLOCK_G, MAIN, REST,
             )
             tl.debug_barrier()  # what some threads have stored, others load
-        for i in tl.range(BLOCKS):
+        for i in tl.range(BLOCKS, disable_licm=True):
             o_g = _block((step % blocks) * BLOCKS + i, BLOCK_G)
             rstd, mean = _load_pair(stats_ptr, i_b, o_g, B, groups, CENTER)
             x, g = _load_gradient(
