@@ -51,6 +51,7 @@ class StandIn:
 
     def __init__(self, kernel: JITFunction) -> None:
         self.kernel = kernel
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         return self.kernel[grid] if StandIn.through_triton else _nothing

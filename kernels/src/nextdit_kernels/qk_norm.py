@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -251,11 +250,13 @@ def _contiguous(parameter: Tensor | None) -> Tensor | None:
 
 
 class _Plan(NamedTuple):
-    programs: int
+    grid: tuple[int]
     q_programs: int
     k_programs: int
-    numbers: tuple[int | None, ...]
-    constants: dict[str, Any]
+    numbers: tuple[Any, ...]  # all that follows the tensors
+    options: dict[str, int | None]
+    rests: tuple[bool, bool]  # whether the groups of q, and of k, have channels beyond a tile
+    contiguous: bool  # whether all parameters are
 
 
 @served.remembered
@@ -275,7 +276,8 @@ def _plan_forward(
     q_parameters = {"q_weight": q_weight, "q_bias": q_bias}
     k_parameters = {"k_weight": k_weight, "k_bias": k_bias}
     _check(q, k, cos, sin, norm, over, q_parameters, k_parameters)
-    return _plan_kernel(q, k, cos, sin, (q, k), norm, over, _FORWARD)
+    parameters = (q_weight, q_bias, k_weight, k_bias)
+    return _plan_kernel(q, k, cos, sin, (q, k), parameters, norm, over, _FORWARD)
 
 
 @served.remembered
@@ -293,7 +295,8 @@ def _plan_backward(
 ) -> _Plan:
     _check_backward(grad_q, grad_k, q, k, cos, sin, q_weight, k_weight, norm, over)
     _refuse_unserved(grad_q, grad_k, over)
-    return _plan_kernel(q, k, cos, sin, (grad_q, grad_k, q, k), norm, over, _BACKWARD)
+    strided, parameters = (grad_q, grad_k, q, k), (q_weight, k_weight)
+    return _plan_kernel(q, k, cos, sin, strided, parameters, norm, over, _BACKWARD)
 
 
 def _plan_kernel(
@@ -302,6 +305,7 @@ def _plan_kernel(
     cos: Tensor,
     sin: Tensor,
     strided: tuple[Tensor, ...],
+    parameters: tuple[Tensor | None, ...],
     norm: str,
     over: str,
     direction: int,
@@ -313,8 +317,17 @@ def _plan_kernel(
     constants |= _hints(s_x, s_tables, q.shape[-1], q.itemsize)
     if over == "hidden":
         s_x = tuple(_without_heads(x, s) for x, s in zip(strided, s_x, strict=True))
-    numbers = (q_programs, *sizes, *(n for stride in (*s_x, *s_tables) for n in stride))
-    return _Plan(q_programs + k_programs, q_programs, k_programs, numbers, constants)
+    kernel = (norm_rotate_kernel, norm_rotate_backward_kernel)[direction]
+    last, options = served.in_order(kernel, constants)
+    return _Plan(
+        (q_programs + k_programs,),
+        q_programs,
+        k_programs,
+        (q_programs, *sizes, *(n for stride in (*s_x, *s_tables) for n in stride), *last),
+        options,
+        (constants["Q_REST"] > 0, constants["K_REST"] > 0),
+        all(x is None or x.is_contiguous() for x in parameters),
+    )
 
 
 def _refuse_unserved(q: Tensor, k: Tensor, over: str) -> None:
@@ -324,11 +337,8 @@ def _refuse_unserved(q: Tensor, k: Tensor, over: str) -> None:
 
 
 def _start(kernel: Any, plan: _Plan, *arguments: Any) -> None:
-    """Launch a kernel on the device of its first argument."""
-    if plan.programs:
-        x = arguments[0]
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            kernel[(plan.programs,)](*arguments, *plan.numbers, **plan.constants)
+    if 0 not in plan.grid:
+        served.launch(kernel, plan.grid, (*arguments, *plan.numbers), plan.options)
 
 
 def _launch(
@@ -347,7 +357,7 @@ def _launch(
     """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
     given = (q_weight, q_bias, k_weight, k_bias)
     plan = _plan_forward(q, k, cos, sin, *given, norm, over)
-    parameters = [_contiguous(x) for x in given]
+    parameters = given if plan.contiguous else [_contiguous(x) for x in given]
     q_out, k_out = _outputs(q, k)
     outputs = q_out, k_out, _statistics(q, norm, over), _statistics(k, norm, over)
     _start(norm_rotate_kernel, plan, q, k, *outputs, *parameters, cos, sin, eps)
@@ -355,7 +365,7 @@ def _launch(
 
 
 def _outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
+    return tuple([torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors])
 
 
 def _statistics(x: Tensor, norm: str, over: str) -> Tensor:
@@ -408,8 +418,8 @@ def _launch_backward(
         for x, count, asked in zip((q, q, k, k), programs, wanted, strict=True)
     ]
     means = (
-        _sums(stats, *stats.shape) if plan.constants[f"{name}_REST"] else None
-        for name, stats in (("Q", q_stats), ("K", k_stats))
+        _sums(stats, *stats.shape) if rest else None
+        for rest, stats in zip(plan.rests, (q_stats, k_stats), strict=True)
     )
     inputs = (grad_q, grad_k, q, k, *outputs, q_stats, k_stats, *means)
     weights = (_contiguous(q_weight), _contiguous(k_weight))
