@@ -116,7 +116,7 @@ def calls() -> dict[str, tuple[Callable[[], Any], list[torch.Tensor], Callable[[
         "norm_rotate": (
             lambda: norm_rotate(q, k, cos, sin, **weights),
             [q, k],
-            like(q, k, numbers=2),
+            like(q, k, numbers=1),
         ),
         "swiglu": (lambda: swiglu(x, up), [x, up], like(x)),
         "norm_modulate": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -255,7 +256,8 @@ class _Plan(NamedTuple):
     k_programs: int
     numbers: tuple[Any, ...]  # all that follows the tensors
     options: dict[str, int | None]
-    rests: tuple[bool, bool]  # whether the groups of q, and of k, have channels beyond a tile
+    statistics: int  # how many numbers
+    rest: bool  # whether groups of q or of k have channels beyond a tile
     contiguous: bool  # whether all parameters are
 
 
@@ -325,7 +327,8 @@ def _plan_kernel(
         k_programs,
         (q_programs, *sizes, *(n for stride in (*s_x, *s_tables) for n in stride), *last),
         options,
-        (constants["Q_REST"] > 0, constants["K_REST"] > 0),
+        _count_statistics(q, k, norm, over),
+        constants["Q_REST"] + constants["K_REST"] > 0,
         all(x is None or x.is_contiguous() for x in parameters),
     )
 
@@ -353,13 +356,13 @@ def _launch(
     norm: str,
     over: str,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
     given = (q_weight, q_bias, k_weight, k_bias)
     plan = _plan_forward(q, k, cos, sin, *given, norm, over)
     parameters = given if plan.contiguous else [_contiguous(x) for x in given]
     q_out, k_out = _outputs(q, k)
-    outputs = q_out, k_out, _statistics(q, norm, over), _statistics(k, norm, over)
+    outputs = q_out, k_out, _statistics(q, plan.statistics)
     _start(norm_rotate_kernel, plan, q, k, *outputs, *parameters, cos, sin, eps)
     return outputs
 
@@ -368,10 +371,15 @@ def _outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple([torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors])
 
 
-def _statistics(x: Tensor, norm: str, over: str) -> Tensor:
-    """Make room for 1 / deviation of each group, and for its mean."""
-    groups = x.shape[:-2] if over == "hidden" else x.shape[:-1]
-    return x.new_empty((2 if norm == "layer" else 1, *groups), dtype=torch.float32)
+def _statistics(x: Tensor, count: int) -> Tensor:
+    """Make room for what is known of each group of q, and after that of each of k."""
+    return x.new_empty((count,), dtype=torch.float32)
+
+
+def _count_statistics(q: Tensor, k: Tensor, norm: str, over: str) -> int:
+    """Count the numbers that are kept: 1 / deviation of each group, and for "layer" its mean."""
+    groups = sum(1 if over == "hidden" else max(1, x.shape[-2]) for x in (q, k))
+    return math.prod(q.shape[:-2]) * groups * (2 if norm == "layer" else 1)
 
 
 def _fake(
@@ -386,13 +394,13 @@ def _fake(
     norm: str,
     over: str,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Check as the launch does, and give the outputs without numbers."""
     q_parameters = {"q_weight": q_weight, "q_bias": q_bias}
     k_parameters = {"k_weight": k_weight, "k_bias": k_bias}
     _check(q, k, cos, sin, norm, over, q_parameters, k_parameters)
     q_out, k_out = _outputs(q, k)
-    return q_out, k_out, _statistics(q, norm, over), _statistics(k, norm, over)
+    return q_out, k_out, _statistics(q, _count_statistics(q, k, norm, over))
 
 
 def _launch_backward(
@@ -400,8 +408,7 @@ def _launch_backward(
     grad_k: Tensor,
     q: Tensor,
     k: Tensor,
-    q_stats: Tensor,
-    k_stats: Tensor,
+    stats: Tensor,
     cos: Tensor,
     sin: Tensor,
     q_weight: Tensor | None,
@@ -417,11 +424,8 @@ def _launch_backward(
         _sums(x, count, _width(x, over)) if asked else None
         for x, count, asked in zip((q, q, k, k), programs, wanted, strict=True)
     ]
-    means = (
-        _sums(stats, *stats.shape) if rest else None
-        for rest, stats in zip(plan.rests, (q_stats, k_stats), strict=True)
-    )
-    inputs = (grad_q, grad_k, q, k, *outputs, q_stats, k_stats, *means)
+    means = _statistics(q, plan.statistics) if plan.rest else None
+    inputs = (grad_q, grad_k, q, k, *outputs, stats, means)
     weights = (_contiguous(q_weight), _contiguous(k_weight))
     _start(norm_rotate_backward_kernel, plan, *inputs, *weights, *sums, cos, sin)
     return (*outputs, *(_sums(q, 0) if each is None else each.sum(0) for each in sums))
@@ -457,8 +461,7 @@ def _fake_backward(
     grad_k: Tensor,
     q: Tensor,
     k: Tensor,
-    q_stats: Tensor,
-    k_stats: Tensor,
+    stats: Tensor,
     cos: Tensor,
     sin: Tensor,
     q_weight: Tensor | None,
@@ -510,15 +513,15 @@ def _backward(
 _norm_rotate = operators.define(
     "norm_rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? q_bias, "
     "Tensor? k_weight, Tensor? k_bias, str norm, str over, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor)",
     _launch,
     _fake,
     setup_context=_setup_context,
     backward=_backward,
 )
 _norm_rotate_backward = operators.define(
-    "norm_rotate_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_stats, "
-    "Tensor k_stats, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, str norm, "
+    "norm_rotate_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor stats, "
+    "Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, str norm, "
     "str over, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _launch_backward,
     _fake_backward,

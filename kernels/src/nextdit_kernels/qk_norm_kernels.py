@@ -31,9 +31,10 @@ of the first tile, would spill. A rest of each group for itself would be 4 bytes
 the rest is more than a quarter of the first tile, and over heads, one tile holds the group. Reading
 all of a group twice would save registers but load and convert it twice.
 
-What does not change from group to group is computed for each of them: LLVM would keep more of it in
-registers than there are. A stride of heads that is None says that all channels of a group are
-neighbours, which saves the registers of 64-bit offsets and the division by D.
+Where there is a rest, what does not change from group to group is computed for each of them: LLVM
+would keep more of it in registers than there are. A stride of heads that is None says that all
+channels of a group are neighbours, which saves the registers of 64-bit offsets and the division by
+D.
 
 For one token, with numbers of E bytes, C channels in q and k together, and S bytes of statistics
 (8 for each group of LayerNorm, 4 for RMSNorm): forward reads C E and writes C E + S; backward reads
@@ -112,6 +113,12 @@ def _store_pair(
     tl.store(p_x, first, mask=m)
     if BOTH:
         tl.store(p_x + B.to(tl.int64) * groups, second, mask=m)
+
+
+@triton.jit
+def _beyond(ptr: tl.tensor, B: tl.tensor, T: tl.tensor, BOTH: tl.constexpr, GROUPS: tl.constexpr):
+    """Step over the one or two numbers of each group of q, to those of k."""
+    return ptr + B.to(tl.int64) * T * (GROUPS * (2 if BOTH else 1))
 
 
 @triton.jit
@@ -368,7 +375,7 @@ def _forward_groups(
         b = _load_weight(b_ptr, WIDTH, 0, BLOCK_G if REST else 1, MAIN)
     groups = T * GROUPS
     blocks = (groups + BLOCKS * BLOCK_G - 1) // (BLOCKS * BLOCK_G)
-    for step in tl.range(i_p, B * blocks, programs, disable_licm=True):
+    for step in tl.range(i_p, B * blocks, programs, disable_licm=REST > 0):
         i_b = (step // blocks).to(tl.int64)
         o_r = _block(step % blocks, BLOCKS * BLOCK_G)
         # fmt: off
@@ -377,7 +384,7 @@ def _forward_groups(
                 x_ptr, stats_ptr, s_x, i_b, o_r, B, T, CENTER, D, GROUPS, WIDTH, VECTOR, MAIN, REST
             )
             tl.debug_barrier()  # what some threads have stored, others load
-        for i in tl.range(BLOCKS, disable_licm=True):
+        for i in tl.range(BLOCKS, disable_licm=REST > 0):
             o_g = _block((step % blocks) * BLOCKS + i, BLOCK_G)
             x, cos, sin = _load_tile(
                 x_ptr, cos_ptr, sin_ptr, s_x, s_cos, s_sin, i_b, o_g, T,
@@ -423,8 +430,7 @@ def norm_rotate_kernel(
     k_ptr: tl.tensor,
     q_out_ptr: tl.tensor,
     k_out_ptr: tl.tensor,
-    q_stats_ptr: tl.tensor,
-    k_stats_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
     q_weight_ptr: tl.tensor,
     q_bias_ptr: tl.tensor,
     k_weight_ptr: tl.tensor,
@@ -468,6 +474,8 @@ def norm_rotate_kernel(
 ):
     """Normalise and turn q and k into contiguous outputs, and write 1 / deviation and the mean.
 
+    The statistics are `[2 or 1, B, T * Q_GROUPS]`, and after them those of k.
+
     Of all programs the first P_Q walk over the groups of q, the others over those of k. A tensor
     has Q_GROUPS groups of Q_WIDTH channels in a token: 1 of H * D, or H of D.
     """
@@ -476,13 +484,14 @@ def norm_rotate_kernel(
     # fmt: off
     if i_p < P_Q:
         _forward_groups(
-            q_ptr, q_out_ptr, q_stats_ptr, q_weight_ptr, q_bias_ptr, cos_ptr, sin_ptr,
+            q_ptr, q_out_ptr, stats_ptr, q_weight_ptr, q_bias_ptr, cos_ptr, sin_ptr,
             (q_sb, q_st, q_sh, q_sd), s_cos, s_sin, i_p, P_Q, B, T, eps, CENTER,
             D, Q_GROUPS, Q_WIDTH, VECTOR, TABLE_VECTOR, Q_BLOCK, Q_BLOCKS, Q_MAIN, Q_REST,
         )
     else:
+        stats_ptr = _beyond(stats_ptr, B, T, CENTER, Q_GROUPS)
         _forward_groups(
-            k_ptr, k_out_ptr, k_stats_ptr, k_weight_ptr, k_bias_ptr, cos_ptr, sin_ptr,
+            k_ptr, k_out_ptr, stats_ptr, k_weight_ptr, k_bias_ptr, cos_ptr, sin_ptr,
             (k_sb, k_st, k_sh, k_sd), s_cos, s_sin, i_p - P_Q, tl.num_programs(0) - P_Q, B, T, eps,
             CENTER, D, K_GROUPS, K_WIDTH, VECTOR, TABLE_VECTOR, K_BLOCK, K_BLOCKS, K_MAIN, K_REST,
         )
@@ -679,7 +688,7 @@ def _backward_groups(
     db = tl.zeros((BLOCK_G, MAIN), tl.float32)
     groups = T * GROUPS
     blocks = (groups + BLOCKS * BLOCK_G - 1) // (BLOCKS * BLOCK_G)
-    for step in tl.range(i_p, B * blocks, programs, disable_licm=True):
+    for step in tl.range(i_p, B * blocks, programs, disable_licm=REST > 0):
         i_b = (step // blocks).to(tl.int64)
         # fmt: off
         if REST:
@@ -690,7 +699,7 @@ def _backward_groups(
                 BLOCKS * BLOCK_G, MAIN, REST,
             )
             tl.debug_barrier()  # what some threads have stored, others load
-        for i in tl.range(BLOCKS, disable_licm=True):
+        for i in tl.range(BLOCKS, disable_licm=REST > 0):
             o_g = _block((step % blocks) * BLOCKS + i, BLOCK_G)
             rstd, mean = _load_pair(stats_ptr, i_b, o_g, B, groups, CENTER)
             x, g = _load_gradient(
@@ -765,10 +774,8 @@ def norm_rotate_backward_kernel(
     k_ptr: tl.tensor,
     q_out_ptr: tl.tensor,
     k_out_ptr: tl.tensor,
-    q_stats_ptr: tl.tensor,
-    k_stats_ptr: tl.tensor,
-    q_means_ptr: tl.tensor,
-    k_means_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    means_ptr: tl.tensor,
     q_weight_ptr: tl.tensor,
     k_weight_ptr: tl.tensor,
     q_weight_sums_ptr: tl.tensor,
@@ -829,14 +836,17 @@ def norm_rotate_backward_kernel(
     # fmt: off
     if i_p < P_Q:
         _backward_groups(
-            dq_ptr, q_ptr, q_out_ptr, q_stats_ptr, q_means_ptr, q_weight_ptr, q_weight_sums_ptr,
+            dq_ptr, q_ptr, q_out_ptr, stats_ptr, means_ptr, q_weight_ptr, q_weight_sums_ptr,
             q_bias_sums_ptr, cos_ptr, sin_ptr, (dq_sb, dq_st, dq_sh, dq_sd),
             (q_sb, q_st, q_sh, q_sd), s_cos, s_sin, i_p, P_Q, B, T, CENTER,
             D, Q_GROUPS, Q_WIDTH, VECTOR, TABLE_VECTOR, Q_BLOCK, Q_BLOCKS, Q_MAIN, Q_REST,
         )
     else:
+        stats_ptr = _beyond(stats_ptr, B, T, CENTER, Q_GROUPS)
+        if means_ptr is not None:
+            means_ptr = _beyond(means_ptr, B, T, CENTER, Q_GROUPS)
         _backward_groups(
-            dk_ptr, k_ptr, k_out_ptr, k_stats_ptr, k_means_ptr, k_weight_ptr, k_weight_sums_ptr,
+            dk_ptr, k_ptr, k_out_ptr, stats_ptr, means_ptr, k_weight_ptr, k_weight_sums_ptr,
             k_bias_sums_ptr, cos_ptr, sin_ptr, (dk_sb, dk_st, dk_sh, dk_sd),
             (k_sb, k_st, k_sh, k_sd), s_cos, s_sin, i_p - P_Q, tl.num_programs(0) - P_Q, B, T,
             CENTER, D, K_GROUPS, K_WIDTH, VECTOR, TABLE_VECTOR, K_BLOCK, K_BLOCKS, K_MAIN, K_REST,
