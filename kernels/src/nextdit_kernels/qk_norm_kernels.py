@@ -17,7 +17,7 @@ token costs (q of 2304 and k of 576), in lines of machine code times warps, is:
     tiles of a group      lines  registers of a thread   programs of a multiprocessor
     ====================  =====  ======================  ============================
     4096, forward          3410                     113                             2
-    2048 + 256, forward    1940                     121                             4
+    2048 + 256, forward    1930                     128                             4
     4096, backward         4850                     150                             1
     2048 + 256, backward   3020                     168                             3
     ====================  =====  ======================  ============================
