@@ -51,6 +51,7 @@ class StandIn:
 
     def __init__(self, kernel: JITFunction) -> None:
         self.kernel = kernel
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         return self.kernel[grid] if StandIn.through_triton else _nothing
@@ -115,7 +116,7 @@ def calls() -> dict[str, tuple[Callable[[], Any], list[torch.Tensor], Callable[[
         "norm_rotate": (
             lambda: norm_rotate(q, k, cos, sin, **weights),
             [q, k],
-            like(q, k, numbers=2),
+            like(q, k, numbers=1),
         ),
         "swiglu": (lambda: swiglu(x, up), [x, up], like(x)),
         "norm_modulate": (

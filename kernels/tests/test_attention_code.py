@@ -27,8 +27,10 @@ CASES = [
     for capability in SHARED
     for case in [
         *(("bf16", width, "dense") for width in (64, 72, 80, 96, 128)),
-        *(("bf16", 72, "packed"), ("bf16", 72, "gated"), ("fp16", 72, "dense")),
-        ("fp32", 72, "dense"),
+        *(("bf16", 72, parts) for parts in ("packed", "gated")),
+        *(("fp16", 72, parts) for parts in ("dense", "gated")),
+        *(("fp32", width, "dense") for width in (64, 72, 96, 128)),
+        *(("fp32", 72, parts) for parts in ("packed", "gated")),
     ]
 ]
 UNALIGNED = ("forward", 90, "bf16", 72, "dense", 1)
@@ -110,9 +112,9 @@ def test_multiplies_on_tensor_cores_of_its_generation(built, case) -> None:
     assert set(products(built[case]["ptx"])) == (set() if dtype == "fp32" else {unit})
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case[2] != "fp32"], ids=named)
+@pytest.mark.parametrize("case", CASES, ids=named)
 def test_rows_of_channels_go_16_bytes_at_a_time(built, case) -> None:
-    kernel, capability, _, width, parts = case
+    kernel, capability, dtype, width, parts = case
     ptx, pointers, sizes = built[case]["ptx"], PARTS[parts], sizes_of(*case)
     widths = Counter(re.findall(r"\b((?:ld|st)\.global\.\S+)", ptx))
     copies = Counter(re.findall(r"\bcp\.async\.c\S+ \[.*?\], \[.*?\], 0x(\w+)", ptx))
@@ -124,13 +126,19 @@ def test_rows_of_channels_go_16_bytes_at_a_time(built, case) -> None:
         "query-gradient": (3, "BLOCK_M"),
         "key-gradient": (2, "BLOCK_N"),
     }[kernel]
-    block = once * sizes[rows] * sum(split_head(width)) * 2
+    loaded = once * sizes[rows]
+    if sizes["num_stages"] == 1:  # and what is then not copied ahead: q and its gradient
+        assert kernel == "key-gradient"
+        loaded += 2 * sizes["BLOCK_M"]
+    block = loaded * sum(split_head(width)) * (4 if dtype == "fp32" else 2)
     assert widths["ld.global.v4.b32"] * 16 * 32 * sizes["num_warps"] == block
     # What it copies in its loop: k and v; or q and its gradient, with lse and delta, a number for
     # each query, and where there are such the scale.
-    if kernel == "key-gradient":
+    if sizes["num_stages"] == 1:
+        assert not copies
+    elif kernel == "key-gradient":
         assert set(copies) == {"10", "4"}
-        stages = 3 if capability == 100 else 2
+        stages = 3 if capability == 100 and dtype != "fp32" else 2
         assert copies["4"] == stages * (3 if "scales_ptr" in pointers else 2)
     else:
         assert set(copies) == {"10"}

@@ -12,7 +12,14 @@ CASES = {  # heads of q and of k, channels of a head, norm, over, dtype
     "lumina-next": (32, 8, 72, "layer", "hidden", torch.bfloat16),
     "lumina-next-fp32": (32, 8, 72, "layer", "hidden", torch.float32),
     "lumina-next-rms": (32, 8, 72, "rms", "hidden", torch.float16),
+    "hidden-576": (8, 8, 72, "layer", "hidden", torch.bfloat16),
+    "hidden-1152": (16, 16, 72, "layer", "hidden", torch.bfloat16),
+    "hidden-1152-fp16": (16, 16, 72, "layer", "hidden", torch.float16),
+    "hidden-1536": (24, 24, 64, "layer", "hidden", torch.bfloat16),
     "hidden-3072": (24, 24, 128, "layer", "hidden", torch.bfloat16),
+    "hidden-4608": (64, 16, 72, "layer", "hidden", torch.bfloat16),
+    "hidden-5120": (40, 40, 128, "layer", "hidden", torch.bfloat16),
+    "wan": (40, 40, 128, "rms", "hidden", torch.bfloat16),
     "flux": (24, 24, 128, "rms", "head", torch.bfloat16),
     "lumina-2": (24, 8, 96, "rms", "head", torch.bfloat16),
     "heads-of-64": (16, 16, 64, "layer", "head", torch.bfloat16),
@@ -22,7 +29,14 @@ REGISTERS = {  # of a thread at most: forward, backward
     "lumina-next": (128, 168),
     "lumina-next-fp32": (208, 248),
     "lumina-next-rms": (128, 168),
-    "hidden-3072": (128, 168),
+    "hidden-576": (128, 168),
+    "hidden-1152": (128, 168),
+    "hidden-1152-fp16": (128, 168),
+    "hidden-1536": (128, 168),
+    "hidden-3072": (128, 255),
+    "hidden-4608": (128, 255),
+    "hidden-5120": (128, 255),
+    "wan": (128, 255),
     "flux": (64, 128),
     "lumina-2": (64, 128),
     "heads-of-64": (80, 128),
@@ -48,7 +62,9 @@ def request_for(name, direction, capability):
     constants |= qk_norm._hints((q.stride(), k.stride()), tables, width, q.itemsize)
     constants |= {n: 1 for n in names if n[-3:] in ("_sd", "_sp")}
     constants |= {n: None for n in names if norm == "rms" and "_bias" in n}
-    constants |= {n: None for n in names if "_means" in n and not constants[f"{n[0].upper()}_REST"]}
+    constants |= {n: None for n in names if over == "hidden" and n.endswith("_sh")}
+    if not constants["Q_REST"] + constants["K_REST"] and "means_ptr" in names:
+        constants["means_ptr"] = None
     types = dict.fromkeys(names, "i32") | {"eps": "fp32"}
     types |= {n: TYPES[dtype] for n in names if n.endswith("_ptr")}
     types |= {n: "*fp32" for n in names if re.search(r"(stats|means|sums|cos|sin)_ptr$", n)}
@@ -131,7 +147,7 @@ def test_registers_hold_everything(built, name, direction, capability) -> None:
 @each_direction
 @each_case
 def test_tensors_go_16_bytes_at_a_time(built, name, direction, capability) -> None:
-    heads, _, width, _, over, _ = CASES[name]
+    *_, over, _ = CASES[name]
     constants = request_for(name, direction, capability)["constants"]
     found = widths(built[name, direction, capability]["ptx"], direction, constants)
     tensors = {"q", "k", "cos", "sin"} | ({"dq", "dk"} if direction == "backward" else set())
@@ -144,6 +160,6 @@ def test_tensors_go_16_bytes_at_a_time(built, name, direction, capability) -> No
     # What is left is a number or two of each group; the sums of a program are stored once.
     for operation in found.values():
         assert all(size <= {4} for n, size in operation.items() if n.endswith(("stats", "means")))
-    assert set(found["ld"]) <= {"q_stats", "k_stats", "q_means", "k_means"}
-    rest = qk_norm._tiles(qk_norm._width(torch.empty(heads, width), over))[1]
-    assert ("q_stats" in found["ld"]) == (direction == "backward" or rest > 0)
+    assert set(found["ld"]) <= {"stats", "means"}
+    rest = constants["Q_REST"] + constants["K_REST"]
+    assert ("stats" in found["ld"]) == (direction == "backward" or rest > 0)

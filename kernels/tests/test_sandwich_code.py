@@ -7,7 +7,7 @@ import pytest
 
 from nextdit_kernels import sandwich
 
-WIDTHS = (96, 1536, 2304, 3072)
+WIDTHS = (96, 576, 1152, 1536, 2304, 3072, 4608, 5120)
 # Rows, weight, modulation, output and gradients; mixed as under autocast.
 TYPES = {
     "bf16": dict.fromkeys(("rows", "weight", "m", "out"), "bf16"),

@@ -415,7 +415,7 @@ def query_blocks(
 ) -> dict[str, int]:
     """Choose the blocks of `query_gradient_kernel`, as `attention_forward.blocks` does."""
     if itemsize == 4:
-        return sizes(64, 16, 8, 2) if head_dim <= 96 else sizes(16, 16, 4, 2)
+        return sizes(32, 32, 4, 2) if head_dim <= 96 else sizes(16, 16, 4, 2)
     few = has_narrow_tail(head_dim)
     if capability[0] not in (9, 10):
         return sizes(64, 64 if few else 32, 4, 2) if head_dim <= 128 else sizes(32, 32, 8, 1)
@@ -430,9 +430,11 @@ def key_blocks(
     head_dim: int, itemsize: int, capability: tuple[int, int], masked: bool
 ) -> dict[str, int]:
     """Choose the blocks of `key_gradient_kernel`, as `attention_forward.blocks` does."""
-    if itemsize == 4:
-        return sizes(16, 32 if head_dim <= 128 else 16, 8, 2)
     few = has_narrow_tail(head_dim)
+    if itemsize == 4:
+        if head_dim <= 96:  # in one stage, as two of these blocks do not fit consumer cards
+            return sizes(64, 64, 8, 1) if few else sizes(32, 32, 8, 2)
+        return sizes(16, 32 if head_dim <= 128 else 16, 8, 2)
     if capability[0] not in (9, 10):
         if head_dim > 128:
             return sizes(32, 32, 8, 1)

@@ -255,6 +255,8 @@ def blocks(
     registers, and masked keys are texts, which are short.
     """
     if itemsize == 4:  # multiplied by the ordinary units, out of registers
+        if head_dim <= 96:
+            return sizes(32, 32, 4, 2)
         return sizes(64 if head_dim <= 128 else 32, 16, 8, 2)
     few = has_narrow_tail(head_dim)
     if capability[0] not in (9, 10):

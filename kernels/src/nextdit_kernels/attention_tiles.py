@@ -44,8 +44,8 @@ def split_head(head_dim: int) -> tuple[int, int]:
 def has_narrow_tail(head_dim: int) -> bool:
     """Tell whether the tail has the least width, which asks for few warps.
 
-    A row of such a tail is two loads of 16 bytes in 16-bit types, so a block of 64 rows feeds four
-    warps. With more, Triton gives each thread a part of these 16 bytes.
+    A row of such a tail is two loads of 16 bytes in 16-bit types and four in float32, so a block of
+    64 rows feeds four warps or eight. With more, Triton gives each thread a part of these 16 bytes.
 
     >>> [has_narrow_tail(head_dim) for head_dim in (64, 72, 80, 96)]
     [False, True, True, False]

@@ -6,7 +6,6 @@ gate and up are kept, and the backward pass computes silu again.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -229,8 +228,7 @@ def _run(kernel: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], p
     if 0 in plan.grid:
         return
     samples = (_as_samples(x) for x in inputs)
-    with torch.cuda.device(inputs[0].device) if inputs[0].is_cuda else nullcontext():
-        kernel[plan.grid](*samples, *outputs, *plan.numbers, **plan.constants)
+    served.launch(kernel, plan.grid, (*samples, *outputs, *plan.numbers), plan.constants)
 
 
 def _outputs(x: Tensor, count: int) -> tuple[Tensor, ...]:

@@ -18,6 +18,9 @@ __all__ = ["define"]
 
 _NAMESPACE = "nextdit_kernels"
 
+# Types of arguments that are no subclass of Tensor.
+_PLAIN = frozenset((Tensor, Parameter, type(None), bool, int, float, str, list, tuple))
+
 
 def define(
     schema: str,
@@ -65,15 +68,15 @@ def define(
     def call(*arguments: Any) -> Any:
         if torch.compiler.is_compiling() or _watched():
             return operator(*arguments)
-        recorded = False
-        for x in arguments:  # a loop, as this is part of every call
-            kind = type(x)
-            if kind is Tensor or kind is Parameter:
-                recorded = recorded or x.requires_grad
-            elif isinstance(x, Tensor):  # a subclass, which wants to see the operator
-                return operator(*arguments)
-        if recorded and torch.is_grad_enabled():
-            return differentiable.apply(*arguments)
+        # Part of every call, so that the common case is one look at all types.
+        if not _PLAIN.issuperset(map(type, arguments)) and any(
+            isinstance(x, Tensor) and type(x) not in _PLAIN for x in arguments
+        ):  # a subclass of Tensor, which wants to see the operator
+            return operator(*arguments)
+        if torch.is_grad_enabled():
+            for x in arguments:
+                if isinstance(x, Tensor) and x.requires_grad:
+                    return differentiable.apply(*arguments)
         return launch(*arguments)
 
     call.__name__ = call.__qualname__ = name

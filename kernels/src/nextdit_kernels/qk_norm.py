@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,10 +20,11 @@ __all__ = ["norm_rotate", "norm_rotate_backward_kernel", "norm_rotate_kernel", "
 _TILE, _WIDE = 2048, 8192
 _THREAD, _REST_THREAD = 16, 8
 
-# Registers of a thread, forward and backward, for 16-bit tensors. Left to itself the compiler aims
-# at fewer on some architectures, and spills. A multiprocessor has 2048 for each of the 32 threads
-# of a warp, so 2048 / registers warps run at once. Some passes over 576, 1152, 4608
-# or 5120 channels still spill 8 to 32 bytes; more registers would cost programs.
+# Registers of a thread, forward and backward, for 16-bit tensors, and more where that costs no
+# program. Left to itself the compiler aims at fewer on some architectures, and spills. A
+# multiprocessor has 2048 for each of the 32 threads of a warp: 2048 / registers warps run at once.
+# Where the heads of a token are not neighbours, one pass still spills: backward over 1152 channels
+# for 10.0, 48 bytes.
 _REGISTERS = {
     ("layer", "hidden"): (128, 168),
     ("rms", "hidden"): (128, 168),
@@ -204,7 +205,8 @@ def _share(
     block = max(_TILE, tiles["Q"][0], tiles["K"][0])
     warps = block // (32 * _THREAD)
     registers = _REGISTERS[norm, over][direction] * q.itemsize // 2
-    registers = min(registers, 2048 // warps, 255)
+    together = max(1, 2048 // registers // warps)
+    registers = min(2048 // (together * warps) // 8 * 8, 255)
     constants: dict[str, Any] = {"CENTER": norm == "layer", "D": width}
     steps = []
     for name, x in {"Q": q, "K": k}.items():
@@ -214,13 +216,13 @@ def _share(
         constants[f"{name}_WIDTH"] = _width(x, over)
         constants[f"{name}_BLOCK"] = block // main
         # So many blocks of groups in a step that the rests of all give a thread whole loads.
-        together = main * _REST_THREAD // (rest * _THREAD) if rest else 1
-        constants[f"{name}_BLOCKS"] = together
+        several = main * _REST_THREAD // (rest * _THREAD) if rest else 1
+        constants[f"{name}_BLOCKS"] = several
         constants[f"{name}_MAIN"] = main
         constants[f"{name}_REST"] = rest
-        blocks = served.blocks(tokens * groups, block // main * together)
+        blocks = served.blocks(tokens * groups, block // main * several)
         steps.append(batch * blocks if x.shape[-2] and width else 0)
-    programs = min(sum(steps), _processors(q.device) * max(1, 2048 // registers // warps))
+    programs = min(sum(steps), _processors(q.device) * together)
     q_programs = round(programs * steps[0] / max(1, sum(steps)))
     q_programs = min(max(q_programs, min(1, steps[0])), programs - min(1, steps[1]))
     options = {"num_warps": warps, "maxnreg": registers}
@@ -237,16 +239,26 @@ def _hints(
     }
 
 
+def _without_heads(x: Tensor, strides: tuple[int, ...]) -> tuple[int | None, ...]:
+    """Leave out the stride of heads where the channels of a token are neighbours."""
+    s_b, s_t, s_h, s_d = strides
+    together = s_d == 1 and (x.shape[-2] == 1 or s_h == x.shape[-1])
+    return (s_b, s_t, None if together else s_h, s_d)
+
+
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
 
 
 class _Plan(NamedTuple):
-    programs: int
+    grid: tuple[int]
     q_programs: int
     k_programs: int
-    numbers: tuple[int, ...]
-    constants: dict[str, Any]
+    numbers: tuple[Any, ...]  # all that follows the tensors
+    options: dict[str, int | None]
+    statistics: int  # how many numbers
+    rest: bool  # whether groups of q or of k have channels beyond a tile
+    contiguous: bool  # whether all parameters are
 
 
 @served.remembered
@@ -266,7 +278,8 @@ def _plan_forward(
     q_parameters = {"q_weight": q_weight, "q_bias": q_bias}
     k_parameters = {"k_weight": k_weight, "k_bias": k_bias}
     _check(q, k, cos, sin, norm, over, q_parameters, k_parameters)
-    return _plan_kernel(q, k, cos, sin, (q, k), norm, over, _FORWARD)
+    parameters = (q_weight, q_bias, k_weight, k_bias)
+    return _plan_kernel(q, k, cos, sin, (q, k), parameters, norm, over, _FORWARD)
 
 
 @served.remembered
@@ -284,7 +297,8 @@ def _plan_backward(
 ) -> _Plan:
     _check_backward(grad_q, grad_k, q, k, cos, sin, q_weight, k_weight, norm, over)
     _refuse_unserved(grad_q, grad_k, over)
-    return _plan_kernel(q, k, cos, sin, (grad_q, grad_k, q, k), norm, over, _BACKWARD)
+    strided, parameters = (grad_q, grad_k, q, k), (q_weight, k_weight)
+    return _plan_kernel(q, k, cos, sin, strided, parameters, norm, over, _BACKWARD)
 
 
 def _plan_kernel(
@@ -293,6 +307,7 @@ def _plan_kernel(
     cos: Tensor,
     sin: Tensor,
     strided: tuple[Tensor, ...],
+    parameters: tuple[Tensor | None, ...],
     norm: str,
     over: str,
     direction: int,
@@ -302,8 +317,20 @@ def _plan_kernel(
     s_x = tuple(rotary.strides(x, 4) for x in strided)
     s_tables = rotary.strides(cos, 3), rotary.strides(sin, 3)
     constants |= _hints(s_x, s_tables, q.shape[-1], q.itemsize)
-    numbers = (q_programs, *sizes, *(n for stride in (*s_x, *s_tables) for n in stride))
-    return _Plan(q_programs + k_programs, q_programs, k_programs, numbers, constants)
+    if over == "hidden":
+        s_x = tuple(_without_heads(x, s) for x, s in zip(strided, s_x, strict=True))
+    kernel = (norm_rotate_kernel, norm_rotate_backward_kernel)[direction]
+    last, options = served.in_order(kernel, constants)
+    return _Plan(
+        (q_programs + k_programs,),
+        q_programs,
+        k_programs,
+        (q_programs, *sizes, *(n for stride in (*s_x, *s_tables) for n in stride), *last),
+        options,
+        _count_statistics(q, k, norm, over),
+        constants["Q_REST"] + constants["K_REST"] > 0,
+        all(x is None or x.is_contiguous() for x in parameters),
+    )
 
 
 def _refuse_unserved(q: Tensor, k: Tensor, over: str) -> None:
@@ -313,11 +340,8 @@ def _refuse_unserved(q: Tensor, k: Tensor, over: str) -> None:
 
 
 def _start(kernel: Any, plan: _Plan, *arguments: Any) -> None:
-    """Launch a kernel on the device of its first argument."""
-    if plan.programs:
-        x = arguments[0]
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            kernel[(plan.programs,)](*arguments, *plan.numbers, **plan.constants)
+    if 0 not in plan.grid:
+        served.launch(kernel, plan.grid, (*arguments, *plan.numbers), plan.options)
 
 
 def _launch(
@@ -332,25 +356,30 @@ def _launch(
     norm: str,
     over: str,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
     given = (q_weight, q_bias, k_weight, k_bias)
     plan = _plan_forward(q, k, cos, sin, *given, norm, over)
-    parameters = [_contiguous(x) for x in given]
+    parameters = given if plan.contiguous else [_contiguous(x) for x in given]
     q_out, k_out = _outputs(q, k)
-    outputs = q_out, k_out, _statistics(q, norm, over), _statistics(k, norm, over)
+    outputs = q_out, k_out, _statistics(q, plan.statistics)
     _start(norm_rotate_kernel, plan, q, k, *outputs, *parameters, cos, sin, eps)
     return outputs
 
 
 def _outputs(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
+    return tuple([torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors])
 
 
-def _statistics(x: Tensor, norm: str, over: str) -> Tensor:
-    """Make room for 1 / deviation of each group, and for its mean."""
-    groups = x.shape[:-2] if over == "hidden" else x.shape[:-1]
-    return x.new_empty((2 if norm == "layer" else 1, *groups), dtype=torch.float32)
+def _statistics(x: Tensor, count: int) -> Tensor:
+    """Make room for what is known of each group of q, and after that of each of k."""
+    return x.new_empty((count,), dtype=torch.float32)
+
+
+def _count_statistics(q: Tensor, k: Tensor, norm: str, over: str) -> int:
+    """Count the numbers that are kept: 1 / deviation of each group, and for "layer" its mean."""
+    groups = sum(1 if over == "hidden" else max(1, x.shape[-2]) for x in (q, k))
+    return math.prod(q.shape[:-2]) * groups * (2 if norm == "layer" else 1)
 
 
 def _fake(
@@ -365,13 +394,13 @@ def _fake(
     norm: str,
     over: str,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Check as the launch does, and give the outputs without numbers."""
     q_parameters = {"q_weight": q_weight, "q_bias": q_bias}
     k_parameters = {"k_weight": k_weight, "k_bias": k_bias}
     _check(q, k, cos, sin, norm, over, q_parameters, k_parameters)
     q_out, k_out = _outputs(q, k)
-    return q_out, k_out, _statistics(q, norm, over), _statistics(k, norm, over)
+    return q_out, k_out, _statistics(q, _count_statistics(q, k, norm, over))
 
 
 def _launch_backward(
@@ -379,8 +408,7 @@ def _launch_backward(
     grad_k: Tensor,
     q: Tensor,
     k: Tensor,
-    q_stats: Tensor,
-    k_stats: Tensor,
+    stats: Tensor,
     cos: Tensor,
     sin: Tensor,
     q_weight: Tensor | None,
@@ -396,11 +424,8 @@ def _launch_backward(
         _sums(x, count, _width(x, over)) if asked else None
         for x, count, asked in zip((q, q, k, k), programs, wanted, strict=True)
     ]
-    means = (
-        _sums(stats, *stats.shape) if plan.constants[f"{name}_REST"] else None
-        for name, stats in (("Q", q_stats), ("K", k_stats))
-    )
-    inputs = (grad_q, grad_k, q, k, *outputs, q_stats, k_stats, *means)
+    means = _statistics(q, plan.statistics) if plan.rest else None
+    inputs = (grad_q, grad_k, q, k, *outputs, stats, means)
     weights = (_contiguous(q_weight), _contiguous(k_weight))
     _start(norm_rotate_backward_kernel, plan, *inputs, *weights, *sums, cos, sin)
     return (*outputs, *(_sums(q, 0) if each is None else each.sum(0) for each in sums))
@@ -436,8 +461,7 @@ def _fake_backward(
     grad_k: Tensor,
     q: Tensor,
     k: Tensor,
-    q_stats: Tensor,
-    k_stats: Tensor,
+    stats: Tensor,
     cos: Tensor,
     sin: Tensor,
     q_weight: Tensor | None,
@@ -489,15 +513,15 @@ def _backward(
 _norm_rotate = operators.define(
     "norm_rotate(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? q_bias, "
     "Tensor? k_weight, Tensor? k_bias, str norm, str over, float eps) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor)",
     _launch,
     _fake,
     setup_context=_setup_context,
     backward=_backward,
 )
 _norm_rotate_backward = operators.define(
-    "norm_rotate_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_stats, "
-    "Tensor k_stats, Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, str norm, "
+    "norm_rotate_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor stats, "
+    "Tensor cos, Tensor sin, Tensor? q_weight, Tensor? k_weight, str norm, "
     "str over, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _launch_backward,
     _fake_backward,

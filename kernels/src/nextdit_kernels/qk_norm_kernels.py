@@ -16,10 +16,10 @@ token costs (q of 2304 and k of 576), in lines of machine code times warps, is:
     ====================  =====  ======================  ============================
     tiles of a group      lines  registers of a thread   programs of a multiprocessor
     ====================  =====  ======================  ============================
-    4096, forward          3400                     111                             2
-    2048 + 256, forward    1960                     126                             4
-    4096, backward         4580                     128                             2
-    2048 + 256, backward   2960                     168                             3
+    4096, forward          3410                     113                             2
+    2048 + 256, forward    1930                     128                             4
+    4096, backward         4850                     150                             1
+    2048 + 256, backward   3020                     168                             3
     ====================  =====  ======================  ============================
 
 A multiprocessor of an H100 issues at most four of them in a clock, in which its share of the
@@ -30,6 +30,11 @@ that a program walks over, since its sums for the gradients of the rest's weight
 of the first tile, would spill. A rest of each group for itself would be 4 bytes for a thread. Where
 the rest is more than a quarter of the first tile, and over heads, one tile holds the group. Reading
 all of a group twice would save registers but load and convert it twice.
+
+Where there is a rest, what does not change from group to group is computed for each of them: LLVM
+would keep more of it in registers than there are. A stride of heads that is None says that all
+channels of a group are neighbours, which saves the registers of 64-bit offsets and the division by
+D.
 
 For one token, with numbers of E bytes, C channels in q and k together, and S bytes of statistics
 (8 for each group of LayerNorm, 4 for RMSNorm): forward reads C E and writes C E + S; backward reads
@@ -111,6 +116,12 @@ def _store_pair(
 
 
 @triton.jit
+def _beyond(ptr: tl.tensor, B: tl.tensor, T: tl.tensor, BOTH: tl.constexpr, GROUPS: tl.constexpr):
+    """Step over the one or two numbers of each group of q, to those of k."""
+    return ptr + B.to(tl.int64) * T * (GROUPS * (2 if BOTH else 1))
+
+
+@triton.jit
 def _load(
     x_ptr: tl.tensor,
     strides: tl.tuple,
@@ -124,14 +135,20 @@ def _load(
     START: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Load channels of groups as float32, `[BLOCK_G, BLOCK_C]`, whatever the strides."""
+    """Load channels of groups as float32, `[BLOCK_G, BLOCK_C]`, whatever the strides.
+
+    A stride of heads that is None says that the channels of a group are neighbours.
+    """
     s_b, s_t, s_h, s_d = strides
     o_c = START + tl.arange(0, BLOCK_C)
-    o_h = tl.max_constancy(o_c // D, VECTOR)
-    o_d = tl.max_contiguous(tl.multiple_of(o_c % D, VECTOR), VECTOR)
     row = tl.multiple_of(i_b * s_b + (o_g // GROUPS).to(tl.int64) * s_t, VECTOR)
-    row += tl.multiple_of((o_g % GROUPS).to(tl.int64) * s_h, VECTOR)
-    column = tl.multiple_of(o_h.to(tl.int64) * s_h, VECTOR) + o_d.to(tl.int64) * s_d
+    if s_h is None:
+        column = o_c
+    else:
+        o_h = tl.max_constancy(o_c // D, VECTOR)
+        o_d = tl.max_contiguous(tl.multiple_of(o_c % D, VECTOR), VECTOR)
+        row += tl.multiple_of((o_g % GROUPS).to(tl.int64) * s_h, VECTOR)
+        column = tl.multiple_of(o_h.to(tl.int64) * s_h, VECTOR) + o_d.to(tl.int64) * s_d
     p_x = x_ptr + _rows(row) + column[None, :]
     return tl.load(p_x, mask=_mask(o_c, o_g, T * GROUPS, WIDTH), other=0.0).to(tl.float32)
 
@@ -358,7 +375,7 @@ def _forward_groups(
         b = _load_weight(b_ptr, WIDTH, 0, BLOCK_G if REST else 1, MAIN)
     groups = T * GROUPS
     blocks = (groups + BLOCKS * BLOCK_G - 1) // (BLOCKS * BLOCK_G)
-    for step in tl.range(i_p, B * blocks, programs):
+    for step in tl.range(i_p, B * blocks, programs, disable_licm=REST > 0):
         i_b = (step // blocks).to(tl.int64)
         o_r = _block(step % blocks, BLOCKS * BLOCK_G)
         # fmt: off
@@ -367,7 +384,7 @@ def _forward_groups(
                 x_ptr, stats_ptr, s_x, i_b, o_r, B, T, CENTER, D, GROUPS, WIDTH, VECTOR, MAIN, REST
             )
             tl.debug_barrier()  # what some threads have stored, others load
-        for i in tl.range(BLOCKS):
+        for i in tl.range(BLOCKS, disable_licm=REST > 0):
             o_g = _block((step % blocks) * BLOCKS + i, BLOCK_G)
             x, cos, sin = _load_tile(
                 x_ptr, cos_ptr, sin_ptr, s_x, s_cos, s_sin, i_b, o_g, T,
@@ -413,8 +430,7 @@ def norm_rotate_kernel(
     k_ptr: tl.tensor,
     q_out_ptr: tl.tensor,
     k_out_ptr: tl.tensor,
-    q_stats_ptr: tl.tensor,
-    k_stats_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
     q_weight_ptr: tl.tensor,
     q_bias_ptr: tl.tensor,
     k_weight_ptr: tl.tensor,
@@ -458,6 +474,8 @@ def norm_rotate_kernel(
 ):
     """Normalise and turn q and k into contiguous outputs, and write 1 / deviation and the mean.
 
+    The statistics are `[2 or 1, B, T * Q_GROUPS]`, and after them those of k.
+
     Of all programs the first P_Q walk over the groups of q, the others over those of k. A tensor
     has Q_GROUPS groups of Q_WIDTH channels in a token: 1 of H * D, or H of D.
     """
@@ -466,13 +484,14 @@ def norm_rotate_kernel(
     # fmt: off
     if i_p < P_Q:
         _forward_groups(
-            q_ptr, q_out_ptr, q_stats_ptr, q_weight_ptr, q_bias_ptr, cos_ptr, sin_ptr,
+            q_ptr, q_out_ptr, stats_ptr, q_weight_ptr, q_bias_ptr, cos_ptr, sin_ptr,
             (q_sb, q_st, q_sh, q_sd), s_cos, s_sin, i_p, P_Q, B, T, eps, CENTER,
             D, Q_GROUPS, Q_WIDTH, VECTOR, TABLE_VECTOR, Q_BLOCK, Q_BLOCKS, Q_MAIN, Q_REST,
         )
     else:
+        stats_ptr = _beyond(stats_ptr, B, T, CENTER, Q_GROUPS)
         _forward_groups(
-            k_ptr, k_out_ptr, k_stats_ptr, k_weight_ptr, k_bias_ptr, cos_ptr, sin_ptr,
+            k_ptr, k_out_ptr, stats_ptr, k_weight_ptr, k_bias_ptr, cos_ptr, sin_ptr,
             (k_sb, k_st, k_sh, k_sd), s_cos, s_sin, i_p - P_Q, tl.num_programs(0) - P_Q, B, T, eps,
             CENTER, D, K_GROUPS, K_WIDTH, VECTOR, TABLE_VECTOR, K_BLOCK, K_BLOCKS, K_MAIN, K_REST,
         )
@@ -605,7 +624,7 @@ def _backward_rest(
     groups = T * GROUPS
     blocks = (groups + BLOCK_G - 1) // BLOCK_G
     tl.debug_barrier()
-    for step in tl.range(i_p, B * blocks, programs):
+    for step in tl.range(i_p, B * blocks, programs, disable_licm=True):
         i_b, o_g = (step // blocks).to(tl.int64), _block(step % blocks, BLOCK_G)
         rstd, mean = _load_pair(stats_ptr, i_b, o_g, B, groups, CENTER)
         along, shift = _load_pair(means_ptr, i_b, o_g, B, groups, CENTER)
@@ -669,7 +688,7 @@ def _backward_groups(
     db = tl.zeros((BLOCK_G, MAIN), tl.float32)
     groups = T * GROUPS
     blocks = (groups + BLOCKS * BLOCK_G - 1) // (BLOCKS * BLOCK_G)
-    for step in tl.range(i_p, B * blocks, programs):
+    for step in tl.range(i_p, B * blocks, programs, disable_licm=REST > 0):
         i_b = (step // blocks).to(tl.int64)
         # fmt: off
         if REST:
@@ -680,7 +699,7 @@ def _backward_groups(
                 BLOCKS * BLOCK_G, MAIN, REST,
             )
             tl.debug_barrier()  # what some threads have stored, others load
-        for i in tl.range(BLOCKS):
+        for i in tl.range(BLOCKS, disable_licm=REST > 0):
             o_g = _block((step % blocks) * BLOCKS + i, BLOCK_G)
             rstd, mean = _load_pair(stats_ptr, i_b, o_g, B, groups, CENTER)
             x, g = _load_gradient(
@@ -755,10 +774,8 @@ def norm_rotate_backward_kernel(
     k_ptr: tl.tensor,
     q_out_ptr: tl.tensor,
     k_out_ptr: tl.tensor,
-    q_stats_ptr: tl.tensor,
-    k_stats_ptr: tl.tensor,
-    q_means_ptr: tl.tensor,
-    k_means_ptr: tl.tensor,
+    stats_ptr: tl.tensor,
+    means_ptr: tl.tensor,
     q_weight_ptr: tl.tensor,
     k_weight_ptr: tl.tensor,
     q_weight_sums_ptr: tl.tensor,
@@ -819,14 +836,17 @@ def norm_rotate_backward_kernel(
     # fmt: off
     if i_p < P_Q:
         _backward_groups(
-            dq_ptr, q_ptr, q_out_ptr, q_stats_ptr, q_means_ptr, q_weight_ptr, q_weight_sums_ptr,
+            dq_ptr, q_ptr, q_out_ptr, stats_ptr, means_ptr, q_weight_ptr, q_weight_sums_ptr,
             q_bias_sums_ptr, cos_ptr, sin_ptr, (dq_sb, dq_st, dq_sh, dq_sd),
             (q_sb, q_st, q_sh, q_sd), s_cos, s_sin, i_p, P_Q, B, T, CENTER,
             D, Q_GROUPS, Q_WIDTH, VECTOR, TABLE_VECTOR, Q_BLOCK, Q_BLOCKS, Q_MAIN, Q_REST,
         )
     else:
+        stats_ptr = _beyond(stats_ptr, B, T, CENTER, Q_GROUPS)
+        if means_ptr is not None:
+            means_ptr = _beyond(means_ptr, B, T, CENTER, Q_GROUPS)
         _backward_groups(
-            dk_ptr, k_ptr, k_out_ptr, k_stats_ptr, k_means_ptr, k_weight_ptr, k_weight_sums_ptr,
+            dk_ptr, k_ptr, k_out_ptr, stats_ptr, means_ptr, k_weight_ptr, k_weight_sums_ptr,
             k_bias_sums_ptr, cos_ptr, sin_ptr, (dk_sb, dk_st, dk_sh, dk_sd),
             (k_sb, k_st, k_sh, k_sd), s_cos, s_sin, i_p - P_Q, tl.num_programs(0) - P_Q, B, T,
             CENTER, D, K_GROUPS, K_WIDTH, VECTOR, TABLE_VECTOR, K_BLOCK, K_BLOCKS, K_MAIN, K_REST,

@@ -11,7 +11,6 @@ aligned and tells the compiler, so that runtime strides still give loads of 16 b
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -283,8 +282,7 @@ def _launch(
 
 class _Plan(NamedTuple):
     grid: tuple[int, int]
-    numbers: tuple[int, ...]
-    constants: dict[str, Any]
+    numbers: tuple[Any, ...]  # all that follows the tensors
 
 
 @served.remembered
@@ -315,7 +313,8 @@ def _plan(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, conjugate: bool, in_pl
         "BLOCK_T": block_t,
         "BLOCK_D": block_d,
     }
-    return _Plan(grid, (tokens, heads, kv_heads, *s_q, *s_k, *s_cos, *s_sin), constants)
+    numbers = (tokens, heads, kv_heads, *s_q, *s_k, *s_cos, *s_sin)
+    return _Plan(grid, (*numbers, *served.in_order(rotate_qk_kernel, constants)[0]))
 
 
 def _run(
@@ -323,9 +322,8 @@ def _run(
 ) -> None:
     if 0 in plan.grid:
         return
-    kernel: Any = rotate_qk_kernel[plan.grid]
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        kernel(q, k, q_out, k_out, cos, sin, *plan.numbers, **plan.constants)
+    arguments = (q, k, q_out, k_out, cos, sin, *plan.numbers)
+    served.launch(rotate_qk_kernel, plan.grid, arguments, {})
 
 
 def _outputs(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

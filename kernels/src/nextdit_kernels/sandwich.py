@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -205,13 +205,19 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 class _Plan(NamedTuple):
     grid: tuple[int]
-    tokens: int
-    steps: int
-    strides: tuple[int, ...]
-    constants: dict[str, Any]
+    sizes: tuple[int, int]  # tokens, and steps of a program
+    numbers: tuple[Any, ...]  # all that follows the last number of the call
+    options: dict[str, int | None]
+    per_token: bool
 
 
-def _plan(kernel: object, rows: tuple[Tensor, Tensor], weight: Tensor | None, m: Tensor) -> _Plan:
+def _plan(
+    kernel: object,
+    rows: tuple[Tensor, Tensor],
+    weight: Tensor | None,
+    m: Tensor,
+    **flags: bool,
+) -> _Plan:
     """Give what either kernel is told besides its tensors.
 
     Args:
@@ -219,9 +225,10 @@ def _plan(kernel: object, rows: tuple[Tensor, Tensor], weight: Tensor | None, m:
         rows: Its two inputs `[batch, tokens, width]`; the second is what is normed.
         weight: `[width]` or None.
         m: The modulation.
+        **flags: Constants of the kernel that are asked for.
 
     Returns:
-        The plan, with the constants that both kernels have.
+        The plan.
     """
     batch, tokens, width = rows[-1].shape
     block_t, block_w = _tile(width)
@@ -237,36 +244,46 @@ def _plan(kernel: object, rows: tuple[Tensor, Tensor], weight: Tensor | None, m:
         "BLOCK_T": block_t,
         "BLOCK_W": block_w,
         **_options(kernel, block_t, block_w),
+        **flags,
     }
+    last, options = served.in_order(kernel, constants)
     grid = (batch * served.blocks(tokens, count) if width else 0,)
     strides = (*first, *second, weight_stride, *third)
-    return _Plan(grid, tokens, count // block_t, strides, constants)
+    return _Plan(grid, (tokens, count // block_t), (*strides, *last), options, m.shape[1] > 1)
 
 
 @served.remembered
-def _plan_norm_modulate(x: Tensor, weight: Tensor | None, scale: Tensor) -> _Plan:
+def _plan_norm_modulate(x: Tensor, weight: Tensor | None, scale: Tensor, centred: bool) -> _Plan:
     _check(scale, weight, x)
     _refuse(why_not_norm_modulate(x, weight, scale))
-    return _plan(sandwich_kernel, (x, x), weight, scale)
+    return _plan(sandwich_kernel, (x, x), weight, scale, GATED=False, CENTRED=centred)
 
 
 @served.remembered
 def _plan_gate_residual(x: Tensor, y: Tensor, weight: Tensor, gate: Tensor) -> _Plan:
     _check(gate, weight, x, y)
     _refuse(why_not_gate_residual(x, y, weight, gate))
-    return _plan(sandwich_kernel, (x, y), weight, gate)
+    return _plan(sandwich_kernel, (x, y), weight, gate, GATED=True, CENTRED=False)
 
 
 @served.remembered
-def _plan_backward(grad: Tensor, x: Tensor, weight: Tensor | None, m: Tensor) -> _Plan:
+def _plan_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    m: Tensor,
+    gated: bool,
+    centred: bool,
+    asked: Sequence[bool],
+) -> _Plan:
     _check(m, weight, x, grad)
     _refuse(_why_not(x, grad=grad, weight=weight, modulation=m))
-    return _plan(sandwich_backward_kernel, (grad, x), weight, m)
+    flags = dict(zip(("GRAD_X", "GRAD_WEIGHT", "GRAD_M"), asked, strict=True))
+    flags |= {"GATED": gated, "CENTRED": centred}
+    return _plan(sandwich_backward_kernel, (grad, x), weight, m, **flags)
 
 
-def _start(
-    kernel: Any, plan: _Plan, pointers: tuple[Tensor, ...], *numbers: float, **constants: Any
-) -> None:
+def _start(kernel: Any, plan: _Plan, pointers: tuple[Tensor, ...], *numbers: float) -> None:
     """Launch either kernel.
 
     Args:
@@ -274,19 +291,9 @@ def _start(
         plan: What it is told besides tensors.
         pointers: Rows, weight, modulation, and what else it has.
         numbers: Those between the number of steps and the strides.
-        constants: Those that only this kernel has.
     """
-    x = pointers[0]
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        kernel[plan.grid](
-            *pointers,
-            plan.tokens,
-            plan.steps,
-            *numbers,
-            *plan.strides,
-            **plan.constants,
-            **constants,
-        )
+    arguments = (*pointers, *plan.sizes, *numbers, *plan.numbers)
+    served.launch(kernel, plan.grid, arguments, plan.options)
 
 
 def _outputs(rows: tuple[Tensor, ...], m: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,11 +314,11 @@ def _launch_norm_modulate(
     x: Tensor, weight: Tensor | None, scale: Tensor, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
-    plan = _plan_norm_modulate(x, weight, scale)
+    plan = _plan_norm_modulate(x, weight, scale, centred)
     outputs = _outputs((x,), scale)
     if 0 not in plan.grid:
         pointers = (x, x, x if weight is None else weight, scale, *outputs)
-        _start(sandwich_kernel, plan, pointers, eps, GATED=False, CENTRED=centred)
+        _start(sandwich_kernel, plan, pointers, eps)
     return outputs
 
 
@@ -330,7 +337,7 @@ def _launch_gate_residual(
     outputs = _outputs((x, y), gate)
     if 0 not in plan.grid:
         pointers = (x, y, weight, gate, *outputs)
-        _start(sandwich_kernel, plan, pointers, eps, GATED=True, CENTRED=False)
+        _start(sandwich_kernel, plan, pointers, eps)
     return outputs
 
 
@@ -352,25 +359,18 @@ def _launch_backward(
     asked: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel and add up its partial rows; see `_gradients` for what is not asked for."""
-    plan = _plan_backward(grad, x, weight, m)
+    plan = _plan_backward(grad, x, weight, m, gated, centred, asked)
     gradients = _gradients(x, weight, m, asked)
     grad_x, grad_weight, grad_m = gradients
     if not x.numel():
         return grad_x, grad_weight.zero_(), grad_m.zero_()
-    per_token = plan.constants["PER_TOKEN"]
+    per_token = plan.per_token
     programs = plan.grid[0] // x.shape[0]
     weight_rows = _partial(x, programs) if asked[1] else grad_weight
     m_rows = _partial(x, programs) if asked[2] and not per_token else grad_m
     others = (rstd, grad_x, weight_rows, m_rows)
     pointers = (grad, x, x if weight is None else weight, m, *others)
-    constants = {
-        "GATED": gated,
-        "CENTRED": centred,
-        "GRAD_X": asked[0],
-        "GRAD_WEIGHT": asked[1],
-        "GRAD_M": asked[2],
-    }
-    _start(sandwich_backward_kernel, plan, pointers, **constants)
+    _start(sandwich_backward_kernel, plan, pointers)
     if asked[1]:
         grad_weight = weight_rows.sum((0, 1)).to(grad_weight.dtype)
     if asked[2] and not per_token:

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-__all__ = ["DTYPES", "aligned", "blocks", "power_of_2", "remembered", "why_not"]
+__all__ = [
+    "DTYPES",
+    "aligned",
+    "blocks",
+    "in_order",
+    "launch",
+    "power_of_2",
+    "remembered",
+    "why_not",
+]
 
 Plan = TypeVar("Plan", bound=Callable[..., Any])
 
@@ -65,13 +74,22 @@ def remembered(plan: Plan) -> Plan:
             nobody changes it. An error is not remembered.
 
     Returns:
-        The same function, for arguments by position.
+        The same function, for arguments by position; its `cache_clear()` forgets all plans.
     """
     known: dict[Any, Any] = {}
 
     @wraps(plan)
     def look_up(*arguments: Any) -> Any:
-        key: Any = tuple([_layout(x) for x in arguments])
+        # What of an argument a plan depends on, without a call for each: this is part of every call
+        # of an operator.
+        key = tuple(
+            [
+                (x.shape, x.stride(), x.dtype, x.device)
+                if isinstance(x, Tensor)
+                else (tuple(x) if type(x) is list else x)
+                for x in arguments
+            ]
+        )
         found = known.get(key)
         if found is None:
             if len(known) >= _PLANS:
@@ -79,14 +97,37 @@ def remembered(plan: Plan) -> Plan:
             found = known[key] = plan(*arguments)
         return found
 
+    look_up.__dict__["cache_clear"] = known.clear
     return cast("Plan", look_up)
 
 
-def _layout(x: Any) -> Any:
-    """Give what of an argument a plan depends on, in a form that can be hashed."""
-    if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype, x.device
-    return tuple(x) if type(x) is list else x
+def in_order(
+    kernel: Any, constants: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, int | None]]:
+    """Split the constants of a kernel from the compiler's options.
+
+    Args:
+        kernel: What `triton.jit` made; its constants are its last arguments.
+        constants: By name, with options such as num_warps among them.
+
+    Returns:
+        The constants as the kernel takes them by position, which costs the host less than by name,
+        and the options.
+    """
+    names = kernel.arg_names
+    options = {name: value for name, value in constants.items() if name not in names}
+    last = names[len(names) - len(constants) + len(options) :]
+    return tuple([constants[name] for name in last]), options
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: Any) -> None:
+    """Launch a kernel on the device of its first argument, a tensor."""
+    x = arguments[0]
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            kernel[grid](*arguments, **options)
+    else:
+        kernel[grid](*arguments, **options)
 
 
 def blocks(count: int, size: int) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -367,8 +366,18 @@ class _Plan(NamedTuple):
     case: tuple[int, int, tuple[int, int], bool]  # what the sizes of blocks depend on
 
 
+class _Forward(NamedTuple):
+    """What the forward kernel is told besides tensors and the scale."""
+
+    grid: tuple[int, int]
+    numbers: tuple[Any, ...]
+    options: dict[str, int | None]
+    lse: tuple[int, int]  # the shape
+    scale: float  # the default
+
+
 class _Call(NamedTuple):
-    """What every kernel is told of a call."""
+    """What the backward kernels are told of a call."""
 
     plan: _Plan
     pointers: tuple[Tensor | None, ...]
@@ -429,6 +438,32 @@ def _plan(
     )
 
 
+@served.remembered
+def _plan_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    scales: Tensor | None,
+    key_mask: Tensor | None,
+    *samples: Any,
+) -> _Forward:
+    """Check the tensors, and plan a launch of the forward kernel."""
+    plan = _plan(q, k, v, residual, gate, scales, key_mask, *samples)
+    shape = plan.shape
+    constants = plan.constants | attention_forward.blocks(*plan.case)
+    tiles = _tiles(shape.SAMPLES, shape.T, shape.TOTAL, constants["BLOCK_M"], q.ndim == 3)
+    last, options = served.in_order(attention_kernel, constants)
+    return _Forward(
+        (tiles, shape.H if q.numel() else 0),
+        (*shape, *plan.strides, *last),
+        options,
+        (shape.H, shape.TOTAL),
+        1 / math.sqrt(q.shape[-1]),
+    )
+
+
 def _call(
     q: Tensor,
     k: Tensor,
@@ -440,17 +475,30 @@ def _call(
     key_mask: Tensor | None,
     samples: tuple[Any, ...],
 ) -> _Call:
-    """Gather what every kernel is told; other is the residual, or the gradient of the result."""
+    """Gather what the backward kernels are told; other is the gradient of the result."""
     plan = _plan(q, k, v, other, gate, scales, key_mask, *samples)
-    lengths, key_lengths, cu, cu_keys = samples
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    return _Call(plan, _pointers(q, gate, scales, key_mask, *samples), scale)
+
+
+def _pointers(
+    q: Tensor,
+    gate: Tensor | None,
+    scales: Tensor | None,
+    key_mask: Tensor | None,
+    lengths: Sequence[int] | None,
+    key_lengths: Sequence[int] | None,
+    cu: Tensor | None,
+    cu_keys: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Give the tensors that every kernel is told besides its own."""
     if lengths is not None:
         cu = _sums(tuple(lengths), q.device)
     if key_lengths is not None:
         cu_keys = _sums(tuple(key_lengths), q.device)
     if key_mask is not None:
         key_mask = key_mask.view(torch.uint8)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    return _Call(plan, (scales, key_mask, cu, cu_keys, gate), scale)
+    return scales, key_mask, cu, cu_keys, gate
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -466,9 +514,7 @@ def _tiles(samples: int, rows: int, total: int, block: int, packed: bool) -> int
 
 def _start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a kernel on the device of its first argument."""
-    x = arguments[0]
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        kernel[grid](*arguments, **constants)
+    served.launch(kernel, grid, arguments, constants)
 
 
 def _capability(x: Tensor) -> tuple[int, int]:
@@ -486,24 +532,16 @@ def _refuse_unserved(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _run(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    residual: Tensor | None,
-    out: Tensor | None,
-    gated: Tensor | None,
-    lse: Tensor,
-    call: _Call,
+    plan: _Forward,
+    tensors: tuple[Tensor | None, ...],
+    pointers: tuple[Tensor | None, ...],
+    scale: float | None,
 ) -> None:
-    """Run the forward kernel."""
-    if q.numel() == 0:
-        return
-    shape, case = call.plan.shape, call.plan.case
-    constants = call.plan.constants | attention_forward.blocks(*case)
-    block = constants["BLOCK_M"]
-    tiles = _tiles(shape.SAMPLES, shape.T, shape.TOTAL, block, q.ndim == 3)
-    tensors = (q, k, v, residual, out, gated, lse)
-    _start(attention_kernel, (tiles, shape.H), *tensors, *call.arguments(), **constants)
+    """Run the forward kernel on q, k, v, the residual, what it writes, and the pointers."""
+    if 0 not in plan.grid:
+        number = plan.scale if scale is None else float(scale)
+        arguments = (*tensors, *pointers, number, *plan.numbers)
+        served.launch(attention_kernel, plan.grid, arguments, plan.options)
 
 
 def _outputs(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -530,9 +568,10 @@ def _launch(
     *samples: Any,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel; the operator's implementation on CUDA and in the interpreter."""
-    call = _call(q, k, v, None, None, scales, scale, key_mask, samples)
-    out, lse = _outputs(q)
-    _run(q, k, v, None, out, None, lse, call)
+    plan = _plan_forward(q, k, v, None, None, scales, key_mask, *samples)
+    out, lse = _like(q), _float32(q, *plan.lse)
+    pointers = _pointers(q, None, scales, key_mask, *samples)
+    _run(plan, (q, k, v, None, out, None, lse), pointers, scale)
     return out, lse
 
 
@@ -563,9 +602,11 @@ def _launch_gated(
     *samples: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the kernel with its epilogue; keep asks for the softmax's own result too."""
-    call = _call(q, k, v, residual, gate, scales, scale, key_mask, samples)
-    gated, out, lse = _gated_outputs(q, keep)
-    _run(q, k, v, residual, out if keep else None, gated, lse, call)
+    plan = _plan_forward(q, k, v, residual, gate, scales, key_mask, *samples)
+    gated, lse = _like(q), _float32(q, *plan.lse)
+    out = _like(q) if keep else q.new_empty(0)
+    pointers = _pointers(q, gate, scales, key_mask, *samples)
+    _run(plan, (q, k, v, residual, out if keep else None, gated, lse), pointers, scale)
     return gated, out, lse
 
 
