@@ -10,8 +10,11 @@ from torch import Tensor
 
 __all__ = ["REFERENCE", "Reference"]
 
-# Elements that are turned at once in place: what is alive beside q and k is a few times as large.
+# Elements that are turned at once: what is alive besides is a few times as large.
 _BLOCK = 2**18
+
+# What the arithmetic is done in; other tensors are converted.
+_WIDE = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,17 @@ class Reference:
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for every head
         if not (_multiplies_complex(q) and _multiplies_complex(k)):
             return _turn(q, cos, sin), _turn(k, cos, sin)
-        turns = _complex(cos, sin, q.dtype)
-        turned = _multiply(q, turns)
-        return turned, _multiply(k, turns if k.dtype == q.dtype else _complex(cos, sin, k.dtype))
+        if q.dtype == k.dtype and q.dtype in _WIDE:
+            turns = _complex(cos, sin, q.dtype)
+            return _multiply(q, turns), _multiply(k, turns)
+        q, k = (_in_blocks(x, cos, sin, _turn_complex) for x in (q, k))
+        return q, k
 
     def rotate_half(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate as `rotate`, with pair m in channels m and m + pairs."""
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-        return _turn_halves(q, cos, sin), _turn_halves(k, cos, sin)
+        q, k = (_in_blocks(x, cos, sin, _turn_halves) for x in (q, k))
+        return q, k
 
     def rotate_(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Rotate as `rotate`, writing into q and k."""
@@ -46,7 +52,7 @@ class Reference:
         for x in (q, k):
             if not _multiplies_complex(x):
                 _write(x, cos, sin, _turn)
-            elif x.dtype in (torch.float32, torch.float64) and _holds_complex(x):
+            elif x.dtype in _WIDE and _holds_complex(x):
                 pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
                 pairs.mul_(_complex(cos, sin, x.dtype))
             else:
@@ -58,16 +64,41 @@ class Reference:
             _write(x, cos.unsqueeze(-2), sin.unsqueeze(-2), _turn_halves)
 
 
-def _write(
+def _in_blocks(
     x: Tensor, cos: Tensor, sin: Tensor, turn: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Return what `turn` gives, block by block where that spares large tensors on the way.
+
+    Most of the time of an eager rotation on the CPU is the first touch of new memory.
+    """
+    if not _multiplies_complex(x) or _is_recorded(x, cos, sin):
+        return turn(x, cos, sin)
+    turned = x.new_empty(x.shape)
+    _write(turned, cos, sin, turn, x)
+    return turned
+
+
+def _is_recorded(*tensors: Tensor) -> bool:
+    """Tell whether operations are recorded, or are transformed by torch.func."""
+    if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
+        return True
+    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors))
+
+
+def _write(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    turn: Callable[[Tensor, Tensor, Tensor], Tensor],
+    source: Tensor | None = None,
 ) -> None:
-    """Write what `turn` gives into x, block by block of its third dimension from the end."""
+    """Write what `turn` gives of the source, or of x, into x: block by block of the tokens."""
     if x.numel() == 0:
         return
     rows = max(1, _BLOCK * x.shape[-3] // x.numel())
-    blocks = (tensor.split(rows, dim=-3) for tensor in (x, cos, sin))
-    for part, c, s in zip(*blocks, strict=True):
-        part.copy_(turn(part, c, s))
+    blocks = (one.split(rows, dim=-3) for one in (x, x if source is None else source, cos, sin))
+    for part, before, c, s in zip(*blocks, strict=True):
+        part.copy_(turn(before, c, s))
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
