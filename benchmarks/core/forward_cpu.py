@@ -7,6 +7,7 @@ turns; the median CPU time of several rounds, and the spread.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 import time
@@ -101,7 +102,7 @@ def report(dtype: torch.dtype, rounds: int, *, compiled: bool) -> str:
     outputs["ours and diffusers"] -= run_theirs().chunk(2, 1)[0]
     notes = ""
     if compiled:
-        blocks = our_model(diffusers_model()).to(dtype)
+        blocks = copy.deepcopy(ours)
         for block in blocks.blocks:
             block.compile(fullgraph=True, dynamic=True)
         other = torch.compile(theirs)
@@ -131,13 +132,14 @@ def report(dtype: torch.dtype, rounds: int, *, compiled: bool) -> str:
     if compiled:
         rows[0] = (*rows[0], "compiled diffusers over it")
     for name, seconds in {"bare: both": bare, **median}.items():
-        values = sorted(times.get(name, [seconds]))
+        values = sorted(times.get(name, [seconds] * 2))
         edge = len(values) // 5
         spread = (values[-1 - edge] - values[edge]) / 2
+        said = f"{spread * 1e3:.0f}" if name in times else ""
         ratios = (seconds / bare, median["diffusers"] / seconds)
         if compiled:
             ratios = (*ratios, median["diffusers, compiled"] / seconds)
-        rows.append((name, f"{seconds * 1e3:.0f}", f"{spread * 1e3:.0f}", *map(_two, ratios)))
+        rows.append((name, f"{seconds * 1e3:.0f}", said, *map(_two, ratios)))
     apart = "; ".join(f"{name}: {off.abs().max():.1e}" for name, off in outputs.items())
     return (
         f"## {str(dtype).removeprefix('torch.')}\n\n{summary.table(rows)}\n\n"

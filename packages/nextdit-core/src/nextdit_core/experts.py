@@ -8,9 +8,10 @@ one is added to the objective (see `Routing.balance`).
 
 How the chosen tokens meet their experts depends on where they are:
 
-- In bfloat16 on an accelerator, and compiled: the tokens are sorted by expert, and one grouped
-  matrix product for each of w1, w3 and w2 serves all experts. Their weights are stacked, which
-  copies them; nothing is read back to the host.
+- In bfloat16 on CUDA from compute capability 9.0 on, and compiled: the tokens are sorted by expert,
+  and one grouped matrix product for each of w1, w3 and w2 serves all experts. Their weights are
+  stacked, which copies them; nothing is read back to the host (compiled on other devices PyTorch's
+  fallback reads the counts).
 - Elsewhere in eager mode: the same order, and each expert is called on its own tokens. How many
   these are is read once per layer, which on the CPU waits for nothing.
 - Compiled where there is no grouped product (other number formats, weights that an adapter or a
@@ -147,7 +148,7 @@ class Experts(nn.Module):
         Returns:
             `[tokens, width]`.
         """
-        if x.device.type not in ("cpu", "mps") or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _has_grouped_product(x.device):
             dtype = x.dtype
             if torch.is_autocast_enabled(x.device.type):
                 dtype = torch.get_autocast_dtype(x.device.type)
@@ -216,6 +217,13 @@ class Experts(nn.Module):
         for index, part in enumerate(parts[1:], 1):
             total = total + shares[:, index : index + 1] * part
         return total
+
+
+def _has_grouped_product(device: torch.device) -> bool:
+    """Tell whether a device has a kernel for it; PyTorch's fallback reads the counts itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).major >= 9
+    return device.type not in ("cpu", "mps")
 
 
 class TimeExperts(Experts):
