@@ -1,11 +1,11 @@
 """Time what the host spends on a call of each operator, with a stand-in for the GPU.
 
-`python benchmarks/kernels/host.py [--write]` needs Triton and no GPU. It calls the operators eagerly on small
-tensors, whose size does not matter to the host, with kernels that do nothing: once in place of
-Triton's launcher and once behind it. What the driver takes for a launch is missing in both, and
-memory comes from the CPU's allocator. Beside them stands how long it takes to allocate the outputs
-alone, which any function that launches a kernel has to do. Times are those of the thread, so that
-other work on the machine is not counted; medians of interleaved batches.
+`python benchmarks/kernels/host.py [--write]` needs Triton and no GPU. It calls the operators
+eagerly on small tensors, whose size does not matter to the host, with kernels that do nothing: once
+in place of Triton's launcher and once behind it. What the driver takes for a launch is missing in
+both, and memory comes from the CPU's allocator. Beside them stands how long it takes to allocate
+the outputs alone, which any function that launches a kernel has to do. Times are those of the
+thread, so that other work on the machine is not counted; medians of interleaved batches.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def main() -> int:
     for name in operators:
         keys = [name, *((name, way) for way in ways)]
         rows.append((name, *(f"{statistics.median(times[key][1:]):.1f}" for key in keys)))
-    report = f"{head(rounds)}\n\n{markdown(rows)}"
+    report = f"{conditions(rounds)}\n\n{markdown(rows)}"
     print(report)
     if options.write:
         file = ROOT / "benchmarks" / "results" / f"host-kernels--{datetime.now(UTC):%Y-%m-%d}.md"
@@ -186,7 +186,7 @@ def main() -> int:
     return 0
 
 
-def head(rounds: int) -> str:
+def conditions(rounds: int) -> str:
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
     ).stdout.strip()
