@@ -1,25 +1,30 @@
 """Time what the host spends on a call of each operator, with a stand-in for the GPU.
 
-`python benchmarks/kernels/host.py` needs Triton and no GPU. It calls the operators eagerly on small
-tensors, whose size does not matter to the host, with kernels that do nothing: once in place of
-Triton's launcher and once behind it. What the driver takes for a launch is missing in both, and
-memory comes from the CPU's allocator. Beside them stands how long it takes to allocate the outputs
-alone, which any function that launches a kernel has to do. Times are those of the thread, so that
-other work on the machine is not counted; medians of interleaved batches.
+`python benchmarks/kernels/host.py [--write]` needs Triton and no GPU. It calls the operators
+eagerly on small tensors, whose size does not matter to the host, with kernels that do nothing: once
+in place of Triton's launcher and once behind it. What the driver takes for a launch is missing in
+both, and memory comes from the CPU's allocator. Beside them stands how long it takes to allocate
+the outputs alone, which any function that launches a kernel has to do. Times are those of the
+thread, so that other work on the machine is not counted; medians of interleaved batches.
 """
 
 from __future__ import annotations
 
 import argparse
+import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import triton
 from contest import markdown
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -35,6 +40,7 @@ from nextdit_kernels import (
     swiglu,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
     "rotary": ("rotate_qk_kernel",),
     "glu": ("swiglu_kernel",),
@@ -149,7 +155,9 @@ def timed(run: Callable[[], Any], count: int = 200) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=31)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--write", action="store_true", help="also to benchmarks/results/")
+    options = parser.parse_args()
+    rounds = options.rounds
     stand_in()
     ways = [(triton, recorded) for triton in (False, True) for recorded in (False, True)]
     times: dict[Any, list[float]] = {}
@@ -169,8 +177,33 @@ def main() -> int:
     for name in operators:
         keys = [name, *((name, way) for way in ways)]
         rows.append((name, *(f"{statistics.median(times[key][1:]):.1f}" for key in keys)))
-    print(markdown(rows))
+    report = f"{conditions(rounds)}\n\n{markdown(rows)}"
+    print(report)
+    if options.write:
+        file = ROOT / "benchmarks" / "results" / f"host-kernels--{datetime.now(UTC):%Y-%m-%d}.md"
+        file.write_text(report + "\n", encoding="utf-8")
+        print(f"written to {file}")
     return 0
+
+
+def conditions(rounds: int) -> str:
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
+    ).stdout.strip()
+    return "\n".join(
+        [
+            "# What the host spends on a call of a kernel",
+            "",
+            "Kernels do nothing and there is no GPU: up to the launch, and with Triton's launcher "
+            "but not the driver; recorded is with autograd. Medians of "
+            f"{rounds} interleaved rounds on a shared machine.",
+            "",
+            f"- date: {datetime.now(UTC):%Y-%m-%d}",
+            f"- commit: {commit or 'unknown'}",
+            f"- versions: Python {platform.python_version()}, torch {torch.__version__}, "
+            f"triton {triton.__version__}",
+        ]
+    )
 
 
 if __name__ == "__main__":
