@@ -116,7 +116,7 @@ def report(dtype: torch.dtype, rounds: int, *, compiled: bool) -> str:
             begun = time.perf_counter()
             outputs[f"{name} and eager"] = case() - eager
             notes += f" {name}: {time.perf_counter() - begun:.0f} s;"
-        notes = f"\n\nThe first call, with compilation:{notes[:-1]}."
+        notes = f"\n\nThe first call, with what compilation a cache left to do:{notes[:-1]}."
         cases |= others
     times: dict[str, list[float]] = {name: [] for name in cases}
     for case in cases.values():
