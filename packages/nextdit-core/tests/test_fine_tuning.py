@@ -322,7 +322,7 @@ def test_operations_of_adapters_are_those_that_pytorch_counts(random: torch.Gene
         ({"model": {"size": "tiny"}}, r"width is 16, .* makes it 96; layers is 1, .* makes it 3"),
         (
             {"modality": "tiles", "dataset": "slopes"},
-            r"token_dim is 2, .* modality has 4; axes is 1",
+            r"token_dim is 2, .* modality has 4; axes is 1.* modality 'dots' with modality_options",
         ),
         (
             {"objective": {"prediction": "noise"}},

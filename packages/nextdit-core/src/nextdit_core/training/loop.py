@@ -134,7 +134,7 @@ def prepare(recipe: Recipe) -> Ingredients:
             config = given.checkpoint.config
         else:  # a run that stands somewhere goes on from there
             config = open_checkpoint(newest).config
-        check_sizes(config, needed, recipe.model)
+        check_sizes(config, needed, recipe.model, None if given is None else given.card)
     if recipe.lora is not None:
         if recipe.init_from is None:
             raise UserError("lora adapts given weights; say which: init_from=...")

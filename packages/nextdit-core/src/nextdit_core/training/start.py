@@ -131,13 +131,19 @@ class GivenWeights:
         return read_backbone(self.checkpoint, dtype=torch.float32).train()
 
 
-def check_sizes(given: NextDiTConfig, needed: Mapping[str, Any], said: SizesRecipe) -> None:
+def check_sizes(
+    given: NextDiTConfig,
+    needed: Mapping[str, Any],
+    said: SizesRecipe,
+    card: ModelCard | None = None,
+) -> None:
     """Compare the sizes of given weights with what the recipe needs and says.
 
     Args:
         given: The sizes of the weights.
         needed: token_dim, axes and text_dim of the recipe's modality and text encoder.
         said: The recipe's [model]; keys that it leaves out are the weights'.
+        card: Of the saved model that the weights are of, where they are of one.
 
     Raises:
         UserError: Sizes differ; all that do are named.
@@ -148,6 +154,11 @@ def check_sizes(given: NextDiTConfig, needed: Mapping[str, Any], said: SizesReci
         for name, value in needed.items()
         if getattr(given, name) != value
     ]
+    if card is not None and any(one.startswith(("token_dim", "axes")) for one in conflicts):
+        conflicts.append(
+            f"the weights are of modality {card.modality!r} with modality_options "
+            f"{dict(card.modality_options)}"
+        )
     keys = said.to_fields()
     own = {key: keys[key] for key in keys if key in said.model_fields_set}
     try:
