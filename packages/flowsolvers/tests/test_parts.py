@@ -163,6 +163,29 @@ def test_the_preview_of_a_straight_flow_is_its_data(solver):
         torch.testing.assert_close(preview, data, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("path", [fs.GVP(), fs.VP()])
+@pytest.mark.parametrize("solver", ["euler", "pec2", "res2"])
+def test_the_preview_on_a_curved_path_is_its_data(path, solver):
+    """Of one sample the velocity is that of its own path wherever the solver is on it."""
+    noise, data = torch.randn(2, 5, dtype=torch.float64).unbind()
+    seen = []
+
+    def velocity(t, x):  # of data that are one point: determined by x
+        return path.convert(data, t, x, "data", "velocity")
+
+    fs.solve(
+        velocity,
+        noise,
+        nfe=8,
+        solver=solver,
+        end=0.9,
+        on_step=lambda event: seen.append((event.data(path), event.data())),
+    )
+    for right, straight in seen:
+        torch.testing.assert_close(right, data, rtol=0, atol=1e-12)
+        assert (straight - data).abs().max() > 1e-3
+
+
 def test_the_trajectory_is_the_states_at_the_steps_ends(mixture_flow):
     solution = fs.solve(
         mixture_flow.velocity, mixture_flow.noise, nfe=9, solver="pec2", trajectory=True
