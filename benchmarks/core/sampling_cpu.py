@@ -29,7 +29,7 @@ SOLVERS = ("auto", "euler", "midpoint", "unipc2", "dpm2m")
 
 def main() -> int:
     parser = summary.options("Sampling on the CPU, ours and diffusers'.", rounds=2, run=True)
-    parser.add_argument("--side", type=int, default=32, help="of the latent in the loop")
+    parser.add_argument("--side", type=int, default=64, help="of the latent in the loop")
     options = parser.parse_args()
     torch.set_num_threads(1)
     parts = ["# Sampling on the CPU", summary.head(), loops(options.side, options.rounds)]

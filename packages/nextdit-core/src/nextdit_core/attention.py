@@ -13,6 +13,7 @@ from nextdit_core.arrangement import Arrangement
 from nextdit_core.block_operations import norm_rotate
 from nextdit_core.config import NextDiTConfig
 from nextdit_core.context_drop import Pooling
+from nextdit_core.eager_cpu import linear
 from nextdit_core.prepared_conditioning import LayerText
 
 #: Softmax scale of the self attention: a number, by token count, or 1/sqrt(head_dim).
@@ -80,9 +81,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Attend within each sample of `[rows, tokens, width]`."""
         rows, tokens, _ = x.shape
-        q = self.wq(x).view(rows, tokens, self.heads, self.head_dim)
-        k = self.wk(x).view(rows, tokens, self.kv_heads, self.head_dim)
-        v = self.wv(x).view(rows, tokens, self.kv_heads, self.head_dim)
+        q = linear(self.wq, x).view(rows, tokens, self.heads, self.head_dim)
+        k = linear(self.wk, x).view(rows, tokens, self.kv_heads, self.head_dim)
+        v = linear(self.wv, x).view(rows, tokens, self.kv_heads, self.head_dim)
         q, k = self._norm_rotate(q, k, choice.rotation)
         second = None
         if text is not None:
@@ -112,7 +113,7 @@ class Attention(nn.Module):
             trained_tokens=choice.trained_tokens,
             text=second,
         )
-        return self.wo(out.reshape(rows, tokens, -1))
+        return linear(self.wo, out.reshape(rows, tokens, -1))
 
     def _norm_rotate(
         self, q: Tensor, k: Tensor, rotation: rope3d.Rotation

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nextdit_core import registry
+from nextdit_core import block_rows, registry
+from nextdit_core.eager_cpu import unobserved
 from nextdit_core.errors import UserError
 from rope3d import Rotation, rotate
 
@@ -107,6 +108,8 @@ class TorchBlock:
         pass
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        if gate.dtype == up.dtype and unobserved(gate, up):
+            return functional.silu(gate).mul_(up)  # no second tensor as wide
         return functional.silu(gate) * up
 
     def why_not_norm_modulate(self, x: Tensor, weight: Tensor | None, scale: Tensor) -> None:
@@ -118,6 +121,8 @@ class TorchBlock:
         width = x.shape[-1:]
         if centred:
             return functional.layer_norm(x, width, weight, eps=eps) * (1 + scale)
+        if weight is not None and block_rows.serves(x, weight, scale):
+            return block_rows.norm_modulate(x, weight, scale, eps=eps)
         return functional.rms_norm(x, width, weight, eps) * (1 + scale)
 
     def why_not_gate_residual(self, x: Tensor, y: Tensor, weight: Tensor, gate: Tensor) -> None:
@@ -126,6 +131,8 @@ class TorchBlock:
     def gate_residual(
         self, x: Tensor, y: Tensor, weight: Tensor, gate: Tensor, *, eps: float
     ) -> Tensor:
+        if block_rows.serves(x, y, weight, gate):
+            return block_rows.gate_residual(x, y, weight, gate, eps=eps)
         return x + torch.tanh(gate) * functional.rms_norm(y, y.shape[-1:], weight, eps)
 
     def why_not_norm_rotate(self, q: Tensor, k: Tensor, rotation: Rotation) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from nextdit_core.block_operations import swiglu
+from nextdit_core.eager_cpu import linear
 
 __all__ = ["FeedForward"]
 
@@ -20,4 +21,4 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., width]` to the same shape."""
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+        return linear(self.w2, swiglu(linear(self.w1, x), linear(self.w3, x)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rope3d.attention_case import AttentionCase
 
-__all__ = ["CUDNN", "SDPA", "Cudnn", "Sdpa"]
+__all__ = ["CUDNN", "SDPA", "Cudnn", "Sdpa", "attend_in_runs", "attend_with_sdpa"]
+
+# Attend to dense keys: q, k, v, mask and scale.
+_Dense = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,7 @@ class Sdpa:
 
     def attend(self, case: AttentionCase) -> Tensor:
         """Attend densely, or run by run."""
-        if case.dense:
-            q, scale = case.scaled_queries()
-            return _dense(q, case.k, case.v, case.key_mask, scale)
-        return _runs(case)
+        return attend_in_runs(case, attend_with_sdpa)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,21 @@ class Cudnn:
             return _native(q, case.k, case.v, None, scale)
 
 
-def _runs(case: AttentionCase) -> Tensor:
+def attend_in_runs(case: AttentionCase, attend: _Dense) -> Tensor:
+    """Attend with a function for dense tensors, once for each run of samples of equal size.
+
+    Args:
+        case: What to carry out.
+        attend: Takes q `[samples, tokens, heads, head_dim]`, k and v with at least one key, a mask
+            `[samples, 1, 1, keys]` bool with at least one True in each row or None, and the factor
+            on the scores; gives `[samples, tokens, heads, value_dim]`.
+
+    Returns:
+        As q, with the last size of v.
+    """
+    if case.dense:
+        q, scale = case.scaled_queries()
+        return _dense(attend, q, case.k, case.v, case.key_mask, scale)
     assert case.lengths is not None
     if isinstance(case.scale, Tensor):
         q, common = case.scaled_queries()
@@ -93,22 +108,69 @@ def _runs(case: AttentionCase) -> Tensor:
             mask, first_key = None, last_key
         scale = common[begin] if isinstance(common, tuple) else common
         queries = q[first:last].unflatten(0, (samples, tokens))
-        parts.append(_dense(queries, k, v, mask, scale).flatten(0, 1))
+        parts.append(_dense(attend, queries, k, v, mask, scale).flatten(0, 1))
         first = last
     return torch.cat(parts) if parts else q.new_zeros(0, q.shape[1], case.v.shape[-1])
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+def _dense(
+    attend: _Dense, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+) -> Tensor:
     if q.numel() == 0 or k.numel() == 0:
         return q.new_zeros(*q.shape[:-1], v.shape[-1])
     if key_mask is None:
-        return _attend(q, k, v, None, scale)
+        return attend(q, k, v, None, scale)
+    if _can_be_read(key_mask):
+        return _by_keys(attend, q, k, v, key_mask, scale)
+    return _masked(attend, q, k, v, key_mask, scale)
+
+
+def _masked(
+    attend: _Dense, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float
+) -> Tensor:
     alive = key_mask.any(-1, keepdim=True)
     mask = (key_mask | ~alive)[:, None, None]  # softmax over no key at all would be NaN
-    return _attend(q, k, v, mask, scale).masked_fill(~alive[:, :, None, None], 0.0)
+    return attend(q, k, v, mask, scale).masked_fill(~alive[:, :, None, None], 0.0)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _can_be_read(mask: Tensor) -> bool:
+    """Tell whether looking at a mask costs nothing: eagerly on the CPU."""
+    return (
+        mask.device.type == "cpu"
+        and type(mask) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(mask)
+    )
+
+
+def _by_keys(
+    attend: _Dense, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor, scale: float
+) -> Tensor:
+    """Attend to the keys that count, sample by sample, without a mask.
+
+    On the CPU a mask makes PyTorch's attention up to twice as slow, and keys that it leaves out
+    cost as much as others.
+    """
+    counts = key_mask.sum(-1).tolist()
+    if min(counts) == k.shape[1]:
+        return attend(q, k, v, None, scale)
+    parts: list[Tensor] = []
+    for sample, count in enumerate(counts):
+        row, own = slice(sample, sample + 1), key_mask[sample]
+        if count == 0:  # zeros, through which gradients still flow to k and v
+            parts.append(_masked(attend, q[row], k[row], v[row], key_mask[row], scale))
+            continue
+        if own[:count].all():
+            keys, values = k[row, :count], v[row, :count]
+        else:
+            places = own.nonzero()[:, 0]
+            keys, values = k[row].index_select(1, places), v[row].index_select(1, places)
+        parts.append(attend(q[row], keys, values, None, scale))
+    return torch.cat(parts)
+
+
+def attend_with_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attend densely, as `attend_in_runs` asks for it, with PyTorch's choice of kernel."""
     # Where PyTorch's fused kernels group heads themselves: on the CPU, where standing the heads in
     # a row as below takes up to 1.3 times as long for short keys; and in flash attention on CUDA,
     # which takes 16 bits and no mask.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rope3d import plugins
 from rope3d.attend_flash import FLASH_3, FLASH_4, FLASH_VARLEN
+from rope3d.attend_products import PRODUCTS, pays_here
 from rope3d.attend_reference import WRITTEN_OUT
 from rope3d.attend_sdpa import CUDNN, SDPA
 from rope3d.attention_case import AttentionCase
@@ -90,7 +91,8 @@ class GatedAttentionBackend(AttentionBackend, Protocol):
 
 
 _BUILT_IN: dict[str, AttentionBackend] = {
-    backend.name: backend for backend in (FLASH_3, FLASH_4, CUDNN, FLASH_VARLEN, SDPA, WRITTEN_OUT)
+    backend.name: backend
+    for backend in (FLASH_3, FLASH_4, CUDNN, FLASH_VARLEN, PRODUCTS, SDPA, WRITTEN_OUT)
 }
 _LOADED: dict[str, AttentionBackend] = dict(_BUILT_IN)
 
@@ -101,7 +103,8 @@ def choose(case: AttentionCase, backend: str | None = None) -> AttentionBackend:
     The argument decides, else the environment variable ROPE3D_ATTENTION, else the order below: the
     first that serves the case. A compiled function keeps the variable that it was compiled under.
 
-    On the CPU and MPS: sdpa. On CUDA:
+    On the CPU: products in bfloat16, where the processor has AVX512-BF16 and no AMX and no gradient
+    is recorded; else sdpa. On MPS: sdpa. On CUDA:
 
     1. flash-3, then flash-4, where installed for this GPU;
     2. cudnn from compute capability 9.0 on at head_dim 64 and 128 with at least 1024 keys;
@@ -222,7 +225,7 @@ def _order(case: AttentionCase, backend: str | None) -> tuple[str, ...]:
     if named is not None:
         return (named,)
     if case.q.device.type != "cuda":
-        return (SDPA.name,)
+        return (PRODUCTS.name, SDPA.name) if _products_pay() else (SDPA.name,)
     newer = (FLASH_3.name, FLASH_4.name)
     if case.packed and len(case.runs) > 1:
         return (*newer, FLASH_VARLEN.name, *_automatic(), SDPA.name)
@@ -241,6 +244,11 @@ def _resolve(backend: str | None) -> str | None:
     if named is not None:
         _load(named)
     return named
+
+
+@compile_constant
+def _products_pay() -> bool:
+    return pays_here()
 
 
 @compile_constant

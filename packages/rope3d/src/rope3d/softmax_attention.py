@@ -69,10 +69,10 @@ def attention(
             attends to.
         trained_tokens: Keys per sample in training, at least 2; with "proportional" only.
         text: Attend to text besides, with the same rotated queries.
-        backend: Who attends: "sdpa", "flash-varlen", "flash-3", "flash-4", "cudnn", "reference" or
-            the name of an installed one. None takes the environment variable ROPE3D_ATTENTION, else
-            the fastest that serves the case (see `explain`). One that is named carries out the
-            attention to the text too.
+        backend: Who attends: "sdpa", "products", "flash-varlen", "flash-3", "flash-4", "cudnn",
+            "reference" or the name of an installed one. None takes the environment variable
+            ROPE3D_ATTENTION, else the fastest that serves the case (see `explain`). One that is
+            named carries out the attention to the text too.
         rotation_backend: Who rotates, as in `rotate`.
 
     Returns:
@@ -117,7 +117,8 @@ def attention(
     chosen = choose_gated(text_case, backend)
     if isinstance(chosen, GatedAttentionBackend):
         return chosen.attend_gated(text_case, text.gate, out)
-    return out + text.gate.tanh()[:, None].to(out.dtype) * chosen.attend(text_case)
+    gate = text.gate.tanh()[:, None].to(out.dtype)
+    return torch.addcmul(out, gate, chosen.attend(text_case))
 
 
 def case_of(
