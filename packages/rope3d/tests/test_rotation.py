@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounter
 
 import rope3d
 from rope3d import angles, reference
+from rope3d import rotation as rotation_module
 
 LAYOUTS = {
     "lumina": rope3d.lumina(24),
@@ -114,9 +115,33 @@ def test_complex_and_real_arithmetic_agree(dtype, shape) -> None:
     x = torch.rand(shape, generator=generator).mul(2).sub(1).to(dtype)
     angle = torch.rand(6, 1, shape[-1] // 2, generator=generator) * 7
     real = reference._turn(x, angle.cos(), angle.sin())
-    ours = reference._turn_complex(x, angle.cos(), angle.sin())
+    ours = reference._multiply(x, reference.as_complex(angle.cos(), angle.sin(), dtype))
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, real, atol=1e-6, rtol=torch.finfo(dtype).eps)
+
+
+def test_the_complex_table_is_made_once_and_serves_gradients(monkeypatch) -> None:
+    rotation = rope3d.lumina(24).rotation(rope3d.grid(height=2, width=3))
+    made = []
+    monkeypatch.setattr(
+        rotation_module, "as_complex", lambda *given: made.append(1) or reference.as_complex(*given)
+    )
+    q = torch.randn(1, 6, 2, 24)
+    with torch.inference_mode():
+        first, _ = rope3d.rotate(q, q.bfloat16(), rotation)
+    leaf = q.clone().requires_grad_()
+    again, _ = rope3d.rotate(leaf, leaf, rotation)
+    again.sum().backward()
+    own = q.clone()
+    rope3d.rotate(own, q.clone(), rotation, inplace=True)
+    assert len(made) == 1
+    assert torch.equal(first, again)
+    assert torch.equal(first, own)
+    wide, _ = rope3d.rotate(q.double(), q.double(), rotation)
+    exact = reference._turn(
+        q.double(), rotation.cos.double()[:, None], rotation.sin.double()[:, None]
+    )
+    torch.testing.assert_close(wide, exact, atol=1e-14, rtol=0)
 
 
 def test_slices_of_one_projection_and_odd_places() -> None:

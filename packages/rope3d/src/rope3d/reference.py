@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["REFERENCE", "Reference"]
+__all__ = ["REFERENCE", "Reference", "as_complex"]
 
 # Elements that are turned at once: what is alive besides is a few times as large.
 _BLOCK = 2**18
@@ -29,52 +29,60 @@ class Reference:
             return None
         return f"q is {q.dtype} and k is {k.dtype}; rotation needs floating point"
 
-    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotate `[..., tokens, heads, 2 * pairs]` by `[..., tokens, pairs]`."""
-        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for every head
+    def rotate(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, turns: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate `[..., tokens, heads, 2 * pairs]` by `[..., tokens, pairs]`.
+
+        `turns` are cos + i sin in complex64, where they are there already.
+        """
         if not (_multiplies_complex(q) and _multiplies_complex(k)):
+            cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)  # the same for every head
             return _turn(q, cos, sin), _turn(k, cos, sin)
+        if turns is None or torch.float64 in (q.dtype, k.dtype):
+            turns = as_complex(cos, sin, q.dtype)
+        turns = turns.unsqueeze(-2)
         if q.dtype == k.dtype and q.dtype in _WIDE:
-            turns = _complex(cos, sin, q.dtype)
             return _multiply(q, turns), _multiply(k, turns)
-        q, k = (_in_blocks(x, cos, sin, _turn_complex) for x in (q, k))
-        return q, k
+        return _in_blocks(q, _multiply, turns), _in_blocks(k, _multiply, turns)
 
     def rotate_half(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate as `rotate`, with pair m in channels m and m + pairs."""
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-        q, k = (_in_blocks(x, cos, sin, _turn_halves) for x in (q, k))
-        return q, k
+        return _in_blocks(q, _turn_halves, cos, sin), _in_blocks(k, _turn_halves, cos, sin)
 
-    def rotate_(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    def rotate_(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, turns: Tensor | None = None
+    ) -> None:
         """Rotate as `rotate`, writing into q and k."""
-        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
         for x in (q, k):
             if not _multiplies_complex(x):
-                _write(x, cos, sin, _turn)
-            elif x.dtype in _WIDE and _holds_complex(x):
-                pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-                pairs.mul_(_complex(cos, sin, x.dtype))
+                _write(x, _turn, cos.unsqueeze(-2), sin.unsqueeze(-2))
+                continue
+            table = turns
+            if table is None or x.dtype == torch.float64:
+                table = as_complex(cos, sin, x.dtype)
+            table = table.unsqueeze(-2)
+            if x.dtype in _WIDE and _holds_complex(x):
+                torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(table)
             else:
-                _write(x, cos, sin, _turn_complex)
+                _write(x, _multiply, table)
 
     def rotate_half_(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Rotate as `rotate_half`, writing into q and k."""
         for x in (q, k):
-            _write(x, cos.unsqueeze(-2), sin.unsqueeze(-2), _turn_halves)
+            _write(x, _turn_halves, cos.unsqueeze(-2), sin.unsqueeze(-2))
 
 
-def _in_blocks(
-    x: Tensor, cos: Tensor, sin: Tensor, turn: Callable[[Tensor, Tensor, Tensor], Tensor]
-) -> Tensor:
+def _in_blocks(x: Tensor, turn: Callable[..., Tensor], *tables: Tensor) -> Tensor:
     """Return what `turn` gives, block by block where that spares large tensors on the way.
 
     Most of the time of an eager rotation on the CPU is the first touch of new memory.
     """
-    if not _multiplies_complex(x) or _is_recorded(x, cos, sin):
-        return turn(x, cos, sin)
+    if not _multiplies_complex(x) or _is_recorded(x, *tables):
+        return turn(x, *tables)
     turned = x.new_empty(x.shape)
-    _write(turned, cos, sin, turn, x)
+    _write(turned, turn, *tables, source=x)
     return turned
 
 
@@ -86,19 +94,15 @@ def _is_recorded(*tensors: Tensor) -> bool:
 
 
 def _write(
-    x: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    turn: Callable[[Tensor, Tensor, Tensor], Tensor],
-    source: Tensor | None = None,
+    x: Tensor, turn: Callable[..., Tensor], *tables: Tensor, source: Tensor | None = None
 ) -> None:
     """Write what `turn` gives of the source, or of x, into x: block by block of the tokens."""
     if x.numel() == 0:
         return
     rows = max(1, _BLOCK * x.shape[-3] // x.numel())
-    blocks = (one.split(rows, dim=-3) for one in (x, x if source is None else source, cos, sin))
-    for part, before, c, s in zip(*blocks, strict=True):
-        part.copy_(turn(before, c, s))
+    blocks = (one.split(rows, dim=-3) for one in (x, x if source is None else source, *tables))
+    for part, *given in zip(*blocks, strict=True):
+        part.copy_(turn(*given))
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -125,11 +129,7 @@ def _holds_complex(x: Tensor) -> bool:
     return not any(stride % 2 for stride in x.stride()[:-1])
 
 
-def _turn_complex(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _multiply(x, _complex(cos, sin, x.dtype))
-
-
-def _complex(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+def as_complex(cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
     """Give cos + i sin, in complex64, or complex128 for float64."""
     real = torch.float64 if dtype == torch.float64 else torch.float32
     return torch.complex(cos.to(real), sin.to(real))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from rope3d.backends import Backend, WritingBackend, choose
 from rope3d.overlap import meet, repeats
-from rope3d.reference import Reference
+from rope3d.reference import Reference, as_complex
 
 if TYPE_CHECKING:
     from rope3d.learned_rope import LearnedRope
@@ -53,6 +54,24 @@ class Rotation:
                 f"cos has shape {tuple(self.cos.shape)} and sin {tuple(self.sin.shape)}; "
                 f"expected both {form}"
             )
+
+    @cached_property
+    def _kept_turns(self) -> Tensor:
+        with torch.inference_mode(False):  # an inference tensor could not serve a later backward
+            return as_complex(self.cos, self.sin, torch.float32)
+
+    def _turns(self, q: Tensor) -> Tensor | None:
+        """Give cos + i sin, kept for later layers and steps, where eager tensors on the CPU use it.
+
+        None where they do not, or where gradients or torch.func need cosine and sine themselves.
+        """
+        plain = type(q) is Tensor and type(self.cos) is type(self.sin) is Tensor
+        if q.device.type != "cpu" or not plain or torch.compiler.is_compiling():
+            return None
+        if self.cos.requires_grad or self.sin.requires_grad or self.cos.dtype != torch.float32:
+            return None
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        return None if wrapped(self.cos) or wrapped(self.sin) else self._kept_turns
 
 
 def rotate(
@@ -145,6 +164,8 @@ def _reference_only(rotation: Rotation) -> str | None:
 def _turned(chosen: Backend, q: Tensor, k: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
     cos, sin = rotation.cos, rotation.sin
     if rotation.pairing == "interleaved":
+        if isinstance(chosen, Reference):
+            return chosen.rotate(q, k, cos, sin, rotation._turns(q))
         return chosen.rotate(q, k, cos, sin)
     if isinstance(chosen, Reference):
         return chosen.rotate_half(q, k, cos, sin)
@@ -161,6 +182,9 @@ def _write(chosen: Backend, q: Tensor, k: Tensor, rotation: Rotation) -> None:
     if not records and not torch.compiler.is_compiling():
         if isinstance(chosen, Reference) and rotation.pairing == "half":
             chosen.rotate_half_(q, k, cos, sin)
+            return
+        if isinstance(chosen, Reference):
+            chosen.rotate_(q, k, cos, sin, rotation._turns(q))
             return
         if isinstance(chosen, WritingBackend) and rotation.pairing == "interleaved":
             chosen.rotate_(q, k, cos, sin)
