@@ -25,6 +25,8 @@ CASES = {  # heads of q and of k, channels of a head, norm, over, dtype
     "heads-of-64": (16, 16, 64, "layer", "head", torch.bfloat16),
     "heads-of-72": (32, 8, 72, "layer", "head", torch.float16),
 }
+SPREAD = {"hidden-576", "hidden-1152", "lumina-next", "hidden-4608", "hidden-5120", "wan"}
+CASES |= {f"{name}-spread": CASES[name] for name in sorted(SPREAD)}  # heads are not neighbours
 REGISTERS = {  # of a thread at most: forward, backward
     "lumina-next": (128, 168),
     "lumina-next-fp32": (208, 248),
@@ -42,6 +44,7 @@ REGISTERS = {  # of a thread at most: forward, backward
     "heads-of-64": (80, 128),
     "heads-of-72": (80, 128),
 }
+REGISTERS |= {f"{name}-spread": (128, 255) for name in SPREAD}
 KERNELS = {"forward": "norm_rotate_kernel", "backward": "norm_rotate_backward_kernel"}
 CAPABILITIES = (80, 90, 100)
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -52,17 +55,21 @@ def request_for(name, direction, capability):
     heads, kv_heads, width, norm, over, dtype = CASES[name]
     kernel = KERNELS[direction]
     names = signature(getattr(qk_norm, kernel).fn).parameters
+    spread = name.endswith("-spread")
     q, k = (
-        torch.empty(1, 4096, count, width, dtype=dtype, device="meta")
+        torch.empty(1, count, 4096, width, dtype=dtype, device="meta").transpose(1, 2)
+        if spread
+        else torch.empty(1, 4096, count, width, dtype=dtype, device="meta")
         for count in (heads, kv_heads)
     )
-    *_, constants = qk_norm._share(q, k, norm, over, list(KERNELS).index(direction))
+    direction = list(KERNELS).index(direction)
+    *_, constants = qk_norm._share(q, k, norm, over, direction, spread=spread)
     options = {name: constants.pop(name) for name in ("num_warps", "maxnreg")}
     tables = ((width // 2, 1),)
     constants |= qk_norm._hints((q.stride(), k.stride()), tables, width, q.itemsize)
     constants |= {n: 1 for n in names if n[-3:] in ("_sd", "_sp")}
     constants |= {n: None for n in names if norm == "rms" and "_bias" in n}
-    constants |= {n: None for n in names if over == "hidden" and n.endswith("_sh")}
+    constants |= {n: None for n in names if over == "hidden" and not spread and n.endswith("_sh")}
     if not constants["Q_REST"] + constants["K_REST"] and "means_ptr" in names:
         constants["means_ptr"] = None
     types = dict.fromkeys(names, "i32") | {"eps": "fp32"}

@@ -23,14 +23,15 @@ _THREAD, _REST_THREAD = 16, 8
 # Registers of a thread, forward and backward, for 16-bit tensors, and more where that costs no
 # program. Left to itself the compiler aims at fewer on some architectures, and spills. A
 # multiprocessor has 2048 for each of the 32 threads of a warp: 2048 / registers warps run at once.
-# Where the heads of a token are not neighbours, one pass still spills: backward over 1152 channels
-# for 10.0, 48 bytes.
+# Where groups have channels beyond a tile and the heads of a token are not neighbours, the backward
+# pass needs more, for the offsets.
 _REGISTERS = {
     ("layer", "hidden"): (128, 168),
     ("rms", "hidden"): (128, 168),
     ("layer", "head"): (80, 128),
     ("rms", "head"): (64, 128),
 }
+_FOR_OFFSETS = 32
 _FORWARD, _BACKWARD = 0, 1
 
 
@@ -192,9 +193,11 @@ def _processors(device: torch.device) -> int:
 
 
 def _share(
-    q: Tensor, k: Tensor, norm: str, over: str, direction: int
+    q: Tensor, k: Tensor, norm: str, over: str, direction: int, *, spread: bool
 ) -> tuple[int, int, tuple[int, int], dict[str, Any]]:
     """Share the groups out among as many programs as the device runs at once.
+
+    `spread` says that the heads of a token are not neighbours, where a group is all of them.
 
     Returns:
         The programs of q and those of k; batch and tokens; the kernel's constants and options.
@@ -204,7 +207,10 @@ def _share(
     tiles = {"Q": _tiles(_width(q, over)), "K": _tiles(_width(k, over))}
     block = max(_TILE, tiles["Q"][0], tiles["K"][0])
     warps = block // (32 * _THREAD)
-    registers = _REGISTERS[norm, over][direction] * q.itemsize // 2
+    registers = _REGISTERS[norm, over][direction]
+    if spread and direction == _BACKWARD and tiles["Q"][1] + tiles["K"][1]:
+        registers += _FOR_OFFSETS
+    registers = registers * q.itemsize // 2
     together = max(1, 2048 // registers // warps)
     registers = min(2048 // (together * warps) // 8 * 8, 255)
     constants: dict[str, Any] = {"CENTER": norm == "layer", "D": width}
@@ -313,12 +319,16 @@ def _plan_kernel(
     direction: int,
 ) -> _Plan:
     _refuse_unserved(q, k, over)
-    q_programs, k_programs, sizes, constants = _share(q, k, norm, over, direction)
     s_x = tuple(rotary.strides(x, 4) for x in strided)
     s_tables = rotary.strides(cos, 3), rotary.strides(sin, 3)
-    constants |= _hints(s_x, s_tables, q.shape[-1], q.itemsize)
+    hints = _hints(s_x, s_tables, q.shape[-1], q.itemsize)
+    spread = False
     if over == "hidden":
         s_x = tuple(_without_heads(x, s) for x, s in zip(strided, s_x, strict=True))
+        spread = any(stride[2] is not None for stride in s_x)
+    shares = _share(q, k, norm, over, direction, spread=spread)
+    q_programs, k_programs, sizes, constants = shares
+    constants |= hints
     kernel = (norm_rotate_kernel, norm_rotate_backward_kernel)[direction]
     last, options = served.in_order(kernel, constants)
     return _Plan(
