@@ -18,6 +18,7 @@ from torch import Tensor
 import flowsolvers
 import rope3d
 from nextdit_core import Conditioning, NextDiT, Tokens
+from rope3d import attend_products, attention_backends
 
 PATCH, CHANNELS = 2, 4
 
@@ -312,9 +313,14 @@ def test_any_configuration_computes_what_diffusers_does(
     assert rounding <= 1e-3 * size
 
 
+@pytest.mark.parametrize("rounded", [False, True], ids=["float32 scores", "rounded scores"])
 @pytest.mark.parametrize("seed", range(4))
-def test_bfloat16_is_as_near_to_float32_as_in_diffusers(seed: int) -> None:
+def test_bfloat16_is_as_near_to_float32_as_in_diffusers(
+    seed: int, rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Root mean square over a batch, each against its own float32."""
+    monkeypatch.setattr(attention_backends, "_products_pay", lambda: rounded)
+    monkeypatch.setattr(attend_products, "_FEW", 0)
     embeddings = pytest.importorskip("diffusers.models.embeddings")
     case = {
         "heads": 6,

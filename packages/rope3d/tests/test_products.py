@@ -79,14 +79,18 @@ def test_products_leave_their_inputs_alone_and_take_any_strides(draw, small) -> 
 
 def test_products_are_chosen_where_they_pay(draw, monkeypatch) -> None:
     q = draw(1, 40, 4, 64)
-    for pays, dtype, expected in (
-        (True, torch.bfloat16, "products"),
-        (True, torch.float32, "sdpa"),
-        (False, torch.bfloat16, "sdpa"),
+    for pays, dtype, rounded, expected in (
+        (True, torch.bfloat16, True, "products"),
+        (True, torch.bfloat16, False, "sdpa"),
+        (True, torch.float32, True, "sdpa"),
+        (False, torch.bfloat16, True, "sdpa"),
     ):
         monkeypatch.setattr(attention_backends, "_products_pay", lambda pays=pays: pays)
-        case = case_of(*(q.to(dtype) for _ in range(3)))
+        given = [q.to(dtype)] * 3
+        case = case_of(*given, rounded_scores=rounded)
         assert attention_backends.choose(case).name == expected
+        table = rope3d.explain(*given, rounded_scores=rounded).splitlines()
+        assert next(line.split()[0] for line in table if " yes " in line) == expected
     case = case_of(*(q.bfloat16().requires_grad_() for _ in range(3)))
     with pytest.raises(ValueError, match="gradients are recorded"):
         attention_backends.choose(case, "products")
@@ -94,9 +98,16 @@ def test_products_are_chosen_where_they_pay(draw, monkeypatch) -> None:
         assert attention_backends.choose(case, "products").name == "products"
     with pytest.raises(ValueError, match=r"torch.float16 on cpu; it takes bfloat16"):
         attention_backends.choose(case_of(*(q.half() for _ in range(3))), "products")
+
+
+def test_the_text_may_be_rounded_where_the_rest_may(draw, small, monkeypatch) -> None:
     monkeypatch.setattr(attention_backends, "_products_pay", lambda: True)
-    table = rope3d.explain(*(q.bfloat16() for _ in range(3)))
-    assert "products" in table
+    q, k, v = (draw(2, 20, 2, 64).bfloat16() for _ in range(3))
+    text = rope3d.GatedText(k[:, :9], v[:, :9], torch.ones(2).bfloat16())
+    found = rope3d.attention(q, k, v, text=text, rounded_scores=True)
+    named = rope3d.attention(q, k, v, text=text, backend="products")
+    assert torch.equal(found, named)
+    assert not torch.equal(found, rope3d.attention(q, k, v, text=text))
 
 
 @pytest.mark.parametrize("known", [{}, {"avx512_bf16": True, "amx_bf16": True}, {"avx2": True}])

@@ -112,6 +112,8 @@ class Attention(nn.Module):
             scale=choice.scale,
             trained_tokens=choice.trained_tokens,
             text=second,
+            # Norms keep scores small. Rounding them is not what bfloat16 costs in a whole forward.
+            rounded_scores=isinstance(self.q_norm, nn.LayerNorm),
         )
         return linear(self.wo, out.reshape(rows, tokens, -1))
 

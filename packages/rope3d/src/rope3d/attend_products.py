@@ -27,8 +27,9 @@ class Products:
     PyTorch's fused kernel for the CPU converts bfloat16 to float32 where the processor lacks tile
     instructions (AMX); with AVX512-BF16 matrix products in bfloat16 are twice as fast as in
     float32, and so this took 0.6 of its time (a Zen 4 core, 1024 tokens, head_dim 64). Scores are
-    rounded to bfloat16, which adds about as much to the error as q and k being bfloat16 did; sums
-    and the softmax are float32 as there.
+    rounded to bfloat16; sums and the softmax are float32 as there. Counted from q, k and v before
+    they were rounded to bfloat16, the error was 0.5 instead of 0.4 % at scores of standard
+    deviation 1, 1.1 instead of 0.5 % at 2 and 1.6 instead of 0.8 % at 8.
     """
 
     name: str = "products"

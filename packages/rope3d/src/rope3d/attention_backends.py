@@ -103,8 +103,8 @@ def choose(case: AttentionCase, backend: str | None = None) -> AttentionBackend:
     The argument decides, else the environment variable ROPE3D_ATTENTION, else the order below: the
     first that serves the case. A compiled function keeps the variable that it was compiled under.
 
-    On the CPU: products in bfloat16, where the processor has AVX512-BF16 and no AMX and no gradient
-    is recorded; else sdpa. On MPS: sdpa. On CUDA:
+    On the CPU: products, where scores may be rounded, the processor has AVX512-BF16 and no AMX, and
+    no gradient is recorded; else sdpa. On MPS: sdpa. On CUDA:
 
     1. flash-3, then flash-4, where installed for this GPU;
     2. cudnn from compute capability 9.0 on at head_dim 64 and 128 with at least 1024 keys;
@@ -203,6 +203,8 @@ def _why_not_here(name: str, named: str | None, case: AttentionCase, chosen: str
         reason = _load(name).why_not(case)
     except ImportError as error:
         return str(error)
+    if reason is None and name == PRODUCTS.name and not case.rounded_scores:
+        return "scores are to stay in float32; ask with rounded_scores=True or by its name"
     return reason or f"would serve, but {chosen} comes first"
 
 
@@ -225,7 +227,8 @@ def _order(case: AttentionCase, backend: str | None) -> tuple[str, ...]:
     if named is not None:
         return (named,)
     if case.q.device.type != "cuda":
-        return (PRODUCTS.name, SDPA.name) if _products_pay() else (SDPA.name,)
+        rounds = case.rounded_scores and _products_pay()
+        return (PRODUCTS.name, SDPA.name) if rounds else (SDPA.name,)
     newer = (FLASH_3.name, FLASH_4.name)
     if case.packed and len(case.runs) > 1:
         return (*newer, FLASH_VARLEN.name, *_automatic(), SDPA.name)

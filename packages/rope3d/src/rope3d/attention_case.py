@@ -28,6 +28,7 @@ class AttentionCase:
         lengths: Tokens of each sample, where q is packed.
         key_lengths: Keys of each sample, where k and v are packed.
         key_mask: `[samples, keys]` bool, True = attend, where k and v are dense; or None.
+        rounded_scores: Whether scores may be rounded to the dtype of q.
     """
 
     q: Tensor
@@ -37,6 +38,7 @@ class AttentionCase:
     lengths: tuple[int, ...] | None = None
     key_lengths: tuple[int, ...] | None = None
     key_mask: Tensor | None = None
+    rounded_scores: bool = False
 
     @property
     def dense(self) -> bool:

@@ -27,6 +27,7 @@ def explain(
     key_lengths: Sequence[int] | None = None,
     key_mask: Tensor | None = None,
     text: GatedText | None = None,
+    rounded_scores: bool = False,
     backend: str | None = None,
     rotation_backend: str | None = None,
 ) -> str:
@@ -41,6 +42,7 @@ def explain(
         key_lengths: As in `attention`.
         key_mask: As in `attention`.
         text: As in `attention`.
+        rounded_scores: As in `attention`.
         backend: As in `attention`; without `v`, as in `rotate`.
         rotation_backend: As in `attention`.
 
@@ -59,7 +61,7 @@ def explain(
     """
     if v is None:
         return explain_rotation(q, k, backend=backend)
-    case = case_of(q, k, v, lengths, key_lengths, key_mask)
+    case = case_of(q, k, v, lengths, key_lengths, key_mask, rounded_scores=rounded_scores)
     parts = [f"attention\n{attention_backends.explain(case, backend)}"]
     if rope is not None:
         if rope.head_dim != q.shape[-1]:

@@ -37,6 +37,7 @@ def attention(
     scale: float | Tensor | Literal["proportional"] | None = None,
     trained_tokens: int | None = None,
     text: GatedText | None = None,
+    rounded_scores: bool = False,
     backend: str | None = None,
     rotation_backend: str | None = None,
 ) -> Tensor:
@@ -69,6 +70,8 @@ def attention(
             attends to.
         trained_tokens: Keys per sample in training, at least 2; with "proportional" only.
         text: Attend to text besides, with the same rotated queries.
+        rounded_scores: Let scores be rounded to the dtype of q where that is quicker: on some CPUs
+            in bfloat16, by "products". The error is up to twice that of keeping them in float32.
         backend: Who attends: "sdpa", "products", "flash-varlen", "flash-3", "flash-4", "cudnn",
             "reference" or the name of an installed one. None takes the environment variable
             ROPE3D_ATTENTION, else the fastest that serves the case (see `explain`). One that is
@@ -105,7 +108,7 @@ def attention(
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if text is not None:
             text = replace(text, keys=text.keys.to(dtype), values=text.values.to(dtype))
-    case = case_of(q, k, v, lengths, key_lengths, key_mask, scale, trained_tokens)
+    case = case_of(q, k, v, lengths, key_lengths, key_mask, scale, trained_tokens, rounded_scores)
     text_case = None if text is None else text_case_of(case, text)
     if rope is not None and positions is not None:
         q, k = apply(q, k, rope, positions, t=t, backend=rotation_backend)
@@ -130,6 +133,7 @@ def case_of(
     key_mask: Tensor | None = None,
     scale: float | Tensor | Literal["proportional"] | None = None,
     trained_tokens: int | None = None,
+    rounded_scores: bool = False,
 ) -> AttentionCase:
     """Check that the arguments of `attention` fit one another, and put them in one form.
 
@@ -143,6 +147,7 @@ def case_of(
         key_mask: Which keys count.
         scale: Factor on the scores.
         trained_tokens: Keys per sample in training.
+        rounded_scores: Whether scores may be rounded.
 
     Returns:
         The case.
@@ -174,7 +179,7 @@ def case_of(
             f"expected bool {list(k.shape[:2])}, True = attend"
         )
     factor = _factor(scale, trained_tokens, k, keys, key_mask, samples)
-    return AttentionCase(q, k, v, factor, own, keys, key_mask)
+    return AttentionCase(q, k, v, factor, own, keys, key_mask, rounded_scores)
 
 
 def _sample_lengths(
@@ -271,9 +276,10 @@ def text_case_of(case: AttentionCase, text: GatedText) -> AttentionCase:
             "with lengths"
         )
     try:
-        return case_of(q, text.keys, text.values, case.lengths, text.lengths, text.mask)
+        second = case_of(q, text.keys, text.values, case.lengths, text.lengths, text.mask)
     except ValueError as error:
         raise ValueError(f"text: {error}") from error
+    return replace(second, rounded_scores=case.rounded_scores)
 
 
 def _lengths_of(cu_seqlens: Tensor, q: Tensor) -> list[int]:
