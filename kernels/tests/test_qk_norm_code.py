@@ -25,7 +25,7 @@ CASES = {  # heads of q and of k, channels of a head, norm, over, dtype
     "heads-of-64": (16, 16, 64, "layer", "head", torch.bfloat16),
     "heads-of-72": (32, 8, 72, "layer", "head", torch.float16),
 }
-SPREAD = {"hidden-576", "hidden-1152", "lumina-next", "hidden-4608", "hidden-5120", "wan"}
+SPREAD = {name for name in CASES if name.startswith("hidden-")} | {"lumina-next", "wan"}
 CASES |= {f"{name}-spread": CASES[name] for name in sorted(SPREAD)}  # heads are not neighbours
 REGISTERS = {  # of a thread at most: forward, backward
     "lumina-next": (128, 168),
