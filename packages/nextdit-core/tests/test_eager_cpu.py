@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from nextdit_core import (
@@ -128,12 +129,17 @@ def test_a_linear_layer_that_is_more_is_called(draw, on_amd, monkeypatch) -> Non
     hooked, before = nn.Linear(8, 8), nn.Linear(8, 8)
     hooked.register_forward_hook(lambda *_: calls.append("after"))
     before.register_forward_pre_hook(lambda *_: calls.append("before"))
+    replaced = nn.Linear(8, 8)
+    replaced.forward = lambda x: calls.append("replaced")
     with torch.no_grad():
-        for layer in (Adapted(8, 8), hooked, before):
+        for layer in (Adapted(8, 8), hooked, before, replaced):
             eager_cpu.linear(layer, x)
+        everywhere = register_module_forward_hook(lambda *_: calls.append("everywhere"))
+        eager_cpu.linear(nn.Linear(8, 8), x)
+        everywhere.remove()
         with FlopCounterMode(display=False) as counter:
             eager_cpu.linear(nn.Linear(8, 8), x)
-    assert calls == ["adapted", "after", "before"]
+    assert calls == ["adapted", "after", "before", "replaced", "everywhere"]
     assert counter.get_total_flops() == 2 * 64 * 8 * 8
     double = nn.Linear(8, 8).double()
     assert eager_cpu.linear(double, x.double()).dtype == torch.float64

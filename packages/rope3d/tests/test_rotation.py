@@ -144,6 +144,17 @@ def test_the_complex_table_is_made_once_and_serves_gradients(monkeypatch) -> Non
     torch.testing.assert_close(wide, exact, atol=1e-14, rtol=0)
 
 
+def test_what_torch_func_computes_is_not_kept() -> None:
+    rotation = rope3d.lumina(24).rotation(rope3d.grid(height=2, width=3))
+    q, k = torch.randn(1, 6, 2, 24), torch.randn(1, 6, 2, 24)
+    gradient = torch.func.grad(lambda q: rope3d.rotate(q, k, rotation)[0].square().sum())(q)
+    torch.testing.assert_close(gradient, 2 * q)  # a rotation keeps lengths
+    assert "_kept_turns" not in vars(rotation)
+    later, _ = rope3d.rotate(q, k, rotation)
+    expected = reference._turn(q, rotation.cos[:, None], rotation.sin[:, None])
+    torch.testing.assert_close(later, expected, atol=1e-6, rtol=0)
+
+
 def test_slices_of_one_projection_and_odd_places() -> None:
     rope, positions = rope3d.lumina(24), rope3d.grid(height=2, width=3)
     q, k, _ = torch.randn(2, 6, 8 * 24).unflatten(-1, (8, 24)).split((4, 2, 2), dim=2)

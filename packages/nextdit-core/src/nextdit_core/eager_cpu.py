@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 __all__ = ["linear", "unobserved"]
 
@@ -66,13 +67,19 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
         return layer(x)
     if x.numel() < _FEW or not _prefers_onednn():
         return layer(x)
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+    if type(layer) is not nn.Linear or _is_hooked(layer):
         return layer(x)
     weight, bias = layer.weight, layer.bias
     every = (x, weight) if bias is None else (x, weight, bias)
     if not unobserved(*every) or any(one.dtype != torch.float32 for one in every):
         return layer(x)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _is_hooked(layer: nn.Module) -> bool:
+    """Tell whether a call does more than `forward`, or `forward` is another, as of accelerate."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or _has_any_global_hook()
+    return bool(hooks) or "forward" in vars(layer)
 
 
 @cache

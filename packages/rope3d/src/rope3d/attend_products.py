@@ -42,7 +42,9 @@ class Products:
             return "it is for eager tensors; the compiler has its own order of operations"
         if case.needs_gradient:
             return "gradients are recorded, and sdpa keeps less for them"
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in (case.q, case.k)):
+        if any(
+            torch._C._functorch.is_functorch_wrapped_tensor(x) for x in (case.q, case.k, case.v)
+        ):
             return "torch.func transforms the tensors, and it writes into its result"
         return None
 

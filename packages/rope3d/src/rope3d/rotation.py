@@ -27,7 +27,8 @@ Pairing = Literal["interleaved", "half"]
 class Rotation:
     """The angle of every pair of every token, as its cosine and sine.
 
-    Compute it once per set of positions with `Rope.rotation` and use it in every layer.
+    Compute it once per set of positions with `Rope.rotation` and use it in every layer. Do not
+    write to the two tensors afterwards: what is made of them is kept.
 
     Args:
         cos: `[..., tokens, pairs]`, or with `per_head` `[..., tokens, heads, pairs]`; float32.
@@ -70,8 +71,8 @@ class Rotation:
             return None
         if self.cos.requires_grad or self.sin.requires_grad or self.cos.dtype != torch.float32:
             return None
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-        return None if wrapped(self.cos) or wrapped(self.sin) else self._kept_turns
+        # Under torch.func whatever is computed belongs to the transform, and dies with it.
+        return self._kept_turns if torch._C._functorch.maybe_current_level() is None else None
 
 
 def rotate(

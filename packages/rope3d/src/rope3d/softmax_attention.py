@@ -71,7 +71,7 @@ def attention(
         trained_tokens: Keys per sample in training, at least 2; with "proportional" only.
         text: Attend to text besides, with the same rotated queries.
         rounded_scores: Let scores be rounded to the dtype of q where that is quicker: on some CPUs
-            in bfloat16, by "products". The error is up to twice that of keeping them in float32.
+            in bfloat16, by "products". The error is about twice that of keeping them in float32.
         backend: Who attends: "sdpa", "products", "flash-varlen", "flash-3", "flash-4", "cudnn",
             "reference" or the name of an installed one. None takes the environment variable
             ROPE3D_ATTENTION, else the fastest that serves the case (see `explain`). One that is
